@@ -1,0 +1,28 @@
+// uint4: code - zero point, the zero point an integer per granule and output.
+#pragma once
+#include "formats/codec.cuh"
+#include "formats/nibble.cuh"
+
+template <class T, class S>
+struct Codec {
+    static constexpr int params = 2;
+    static constexpr int bits = 4;
+    static constexpr int table_bytes = 0;
+    struct Group {
+        typename Nibbles<T>::Zero zero[2];  // rows g and g + 8
+    };
+
+    static __device__ void fill_table(u32, int, int) {}
+
+    template <class Param>
+    static __device__ Group group(Param param) {
+        const u32 pair = param(1);
+        return {{Nibbles<T>::zero(S::to_float(pair & 0xFFFFu)), Nibbles<T>::zero(S::to_float(pair >> 16))}};
+    }
+
+    // Registers 0 and 2 of a fragment belong to row g, 1 and 3 to row g + 8.
+    static __device__ void decode(u32 (&a)[4], const u32* words, const Group& group, u32) {
+#pragma unroll
+        for (int p = 0; p < 4; ++p) a[p] = Nibbles<T>::pair(p, words[0], group.zero[p % 2]);
+    }
+};

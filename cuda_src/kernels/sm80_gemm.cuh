@@ -1,0 +1,100 @@
+// y (M, N) = x (M, K) @ W (K, N) + bias for packed W: mma.sync and cp.async, sm_80 and up.
+//
+//            K ->                                  The generated preamble defines
+//          +-------------------+                     Config       the tile, see marlin_cupy/kernels/sm80_gemm.py
+//   N  W   | slab | slab | ... |  one block:         Activation   Float16 or BFloat16: x, bias and y
+//   |      +-------------------+  rows x tokens      Scale        type of the scales
+//   v             x                                  GRANULE      K per row of parameters
+//          +---------+   y is written as             SHARED_BYTES
+//   K  x^T | tokens  |   tokens x rows             and includes formats/<format>.cuh for Codec.
+//          +---------+
+//
+// A block walks its stripe (schedule/stripes.cuh): load stages ahead (mainloop/pipeline.cuh), multiply
+// (mainloop/warp_tile.cuh), and at the end of a tile, or of the stripe, reduce and store (epilogue/store.cuh).
+// One barrier per step: it ends both the wait for this stage and the reading of the stage that is refilled next.
+#pragma once
+#include "epilogue/store.cuh"
+#include "mainloop/warp_tile.cuh"
+#include "schedule/stripes.cuh"
+
+struct Args {
+    const u8* weight;    // packed slabs
+    const u16* x;
+    const u16* bias;     // or null
+    u16* y;
+    float* partials;     // two tiles per block where stripes cut tiles
+    u32* counters;       // one per tile, 0 before and after
+    i64 x_stride;        // elements between tokens
+    i64 y_stride;
+    int M, N, K;
+    int slabs_n, slabs_k;
+    int tiles_m;         // token tiles; row tiles follow from the grid
+    int tiles;           // all output tiles
+    int x_vector;        // token rows start at multiples of 16 bytes
+    int y_vector;        // of 8 bytes
+};
+
+struct Tile : Config {
+    static constexpr int threads = WARP * Config::warps_n * Config::warps_m * Config::warps_k;
+    static constexpr int rows = 16 * Config::row_atoms * Config::warps_n;
+    static constexpr int tokens = 8 * Config::token_tiles * Config::warps_m;
+    static constexpr int k = 16 * Config::k_atoms * Config::warps_k;
+};
+
+extern "C" __global__ void __launch_bounds__(Tile::threads, Config::blocks_per_sm) gemm(const __grid_constant__ Args args) {
+    using Decoder = Codec<Activation, Scale>;
+    using Packed = Layout<Decoder, GRANULE>;
+    using Stage = Pipeline<Tile, Packed>;
+    using Output = Epilogue<Tile, Activation>;
+
+    static_assert(Decoder::table_bytes + Stage::bytes + Output::bytes == SHARED_BYTES, "the host twin reserves this much");
+
+    extern __shared__ __align__(128) u8 shared[];
+    const u32 table = shared_address(shared);
+    const u32 ring = table + Decoder::table_bytes;
+    float* const exchange = reinterpret_cast<float*>(shared + Decoder::table_bytes + Stage::bytes);
+
+    const int steps = (args.slabs_k + Stage::slabs - 1) / Stage::slabs;
+    const Stripes stripes{steps, static_cast<int>(gridDim.x), static_cast<i64>(args.tiles) * steps};
+    const i64 begin = stripes.begin(blockIdx.x), end = stripes.begin(blockIdx.x + 1);
+    const u64 policy = args.tiles_m == 1 ? policy_evict_first() : policy_evict_unchanged();
+
+    i64 next = begin;  // the step to load next
+    int next_tile = static_cast<int>(begin / steps), next_step = static_cast<int>(begin % steps);
+    auto load = [&](int stage) {
+        if (next < end)
+            Stage::load(args, ring + stage * Stage::stage_bytes, next_tile / args.tiles_m * Stage::row_blocks,
+                        next_tile % args.tiles_m * Tile::tokens, next_step, policy);
+        copy_commit();
+        ++next;
+        if (++next_step == steps) next_step = 0, ++next_tile;
+    };
+    int tile = next_tile, step = next_step;
+#pragma unroll
+    for (int stage = 0; stage < Tile::stages - 1; ++stage) load(stage);
+    Decoder::fill_table(table, threadIdx.x, Tile::threads);
+
+    const int warp = threadIdx.x / WARP;
+    const int row_atom = warp % Tile::warps_n * Tile::row_atoms;
+    const int token = warp / Tile::warps_n % Tile::warps_m * 8 * Tile::token_tiles;
+    const int k_atom = warp / (Tile::warps_n * Tile::warps_m) * Tile::k_atoms;
+    WarpTile<Tile, Packed, Decoder, Activation, Scale, GRANULE> work;
+    work.clear();
+
+    int stage = 0;
+    for (i64 now = begin; now < end; ++now) {
+        copy_wait<Tile::stages - 2>();
+        __syncthreads();
+        load(stage == 0 ? Tile::stages - 1 : stage - 1);
+        work.step(ring + stage * Stage::stage_bytes, table, row_atom, token, k_atom);
+        stage = stage + 1 == Tile::stages ? 0 : stage + 1;
+
+        if (++step == steps || now + 1 == end) {
+            Output::finish(args, stripes, work.sums, exchange, tile, tile / args.tiles_m * Tile::rows,
+                           tile % args.tiles_m * Tile::tokens);
+            work.clear();
+            step = 0;
+            ++tile;
+        }
+    }
+}

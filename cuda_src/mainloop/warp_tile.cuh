@@ -1,0 +1,112 @@
+// Shared -> registers -> tensor cores: one warp's share of a K step.
+//
+// Weights are the row operand: a lane's 16 bytes are its A fragments of several atoms, decoded in registers without
+// scale. Products of one granule gather in `partial`; its scale is applied when they join `sums`, in fp32. That is
+// exact where scaling the weights would round each of them, and costs less from 8 multiplications on.
+#pragma once
+#include "layout.cuh"
+#include "mainloop/pipeline.cuh"
+#include "ptx/mma.cuh"
+#include "ptx/shared_memory.cuh"
+
+template <class Tile, class Layout, class Codec, class T, class S, int granule>
+struct WarpTile {
+    static constexpr int row_atoms = Tile::row_atoms;
+    static constexpr int token_tiles = Tile::token_tiles;
+    using Stage = Pipeline<Tile, Layout>;
+
+    float sums[row_atoms][token_tiles][4];
+
+    __device__ void clear() {
+#pragma unroll
+        for (int r = 0; r < row_atoms; ++r)
+#pragma unroll
+            for (int t = 0; t < token_tiles; ++t) clear(sums[r][t]);
+    }
+
+    // `row_atom`, `token`, `k_atom`: where this warp's share starts in the tile.
+    __device__ void step(u32 stage, u32 table, int row_atom, int token, int k_atom) {
+        constexpr int granule_atoms = granule / 16;
+        const int lane = threadIdx.x % WARP;
+        float partial[row_atoms][token_tiles][4];
+        typename Codec::Group group[row_atoms];
+        Vec4 codes[row_atoms];
+
+#pragma unroll
+        for (int a = 0; a < Tile::k_atoms; ++a) {
+            const int atom = k_atom + a;  // k_atom is a multiple of the atoms of a 16-byte load, and of k_atoms
+            const bool opens = a == 0 || a % granule_atoms == 0;
+            const bool closes = a + 1 == Tile::k_atoms || (a + 1) % granule_atoms == 0;
+            const int in_slab = atom % (SLAB_K / 16);
+
+            if (a % Layout::atoms_per_block == 0) {
+#pragma unroll
+                for (int r = 0; r < row_atoms; ++r)
+                    codes[r] = load_shared_vec4(half_of(stage, row_atom + r, atom) + 16 * lane +
+                                                Layout::block(in_slab / Layout::atoms_per_block, (row_atom + r) % 2));
+            }
+            if (opens) {
+#pragma unroll
+                for (int r = 0; r < row_atoms; ++r)
+                    group[r] = Codec::group([&](int i) { return param(stage, i, row_atom + r, atom, lane); });
+            }
+
+            u32 b[token_tiles][2];
+            load_tokens(b, stage, token, atom, lane);
+#pragma unroll
+            for (int r = 0; r < row_atoms; ++r) {
+                u32 weights[4];
+                Codec::decode(weights, &codes[r].word[(a % Layout::atoms_per_block) * Layout::words], group[r], table);
+#pragma unroll
+                for (int t = 0; t < token_tiles; ++t) {
+                    if (opens) clear(partial[r][t]);
+                    mma<T>(partial[r][t], weights, b[t][0], b[t][1]);
+                }
+            }
+
+            if (closes) {
+#pragma unroll
+                for (int r = 0; r < row_atoms; ++r) {
+                    const u32 pair = param(stage, 0, row_atom + r, atom, lane);
+                    const float scale[2] = {S::to_float(pair & 0xFFFFu), S::to_float(pair >> 16)};  // rows g, g + 8
+#pragma unroll
+                    for (int t = 0; t < token_tiles; ++t)
+#pragma unroll
+                        for (int i = 0; i < 4; ++i) sums[r][t][i] += partial[r][t][i] * scale[i / 2];
+                }
+            }
+        }
+    }
+
+private:
+    static __device__ void clear(float (&values)[4]) {
+#pragma unroll
+        for (int i = 0; i < 4; ++i) values[i] = 0.0f;
+    }
+
+    static __device__ u32 half_of(u32 stage, int row_atom, int atom) {
+        return stage + Stage::half(row_atom / 2, atom / (SLAB_K / 16));
+    }
+
+    static __device__ u32 param(u32 stage, int index, int row_atom, int atom, int lane) {
+        const int k_granule = atom % (SLAB_K / 16) * 16 / granule;
+        return load_shared(half_of(stage, row_atom, atom) + Layout::param(index, k_granule, row_atom % 2) + lane / 4 * 4);
+    }
+
+    // B fragments of one atom for all token tiles. One ldmatrix.x4 brings two token tiles.
+    static __device__ void load_tokens(u32 (&b)[token_tiles][2], u32 stage, int token, int atom, int lane) {
+        const int matrix = lane / 8, row = lane % 8;
+#pragma unroll
+        for (int t = 0; t < token_tiles; t += 2) {
+            // A lone tile is loaded twice: the second half of the lanes must name valid rows.
+            const int tile = token_tiles == 1 ? 0 : t + matrix / 2;
+            const Vec4 v = load_matrix_x4(stage + Stage::token_chunk(token + 8 * tile + row, 2 * atom + matrix % 2));
+            b[t][0] = v.word[0];
+            b[t][1] = v.word[1];
+            if (token_tiles > 1) {
+                b[t + 1 < token_tiles ? t + 1 : t][0] = v.word[2];
+                b[t + 1 < token_tiles ? t + 1 : t][1] = v.word[3];
+            }
+        }
+    }
+};

@@ -1,0 +1,56 @@
+// Names for the widths that PTX speaks of, and the two 16-bit floating-point types.
+#pragma once
+
+using u8 = unsigned char;
+using u16 = unsigned short;
+using u32 = unsigned int;
+using u64 = unsigned long long;
+using i64 = long long;
+
+constexpr int WARP = 32;
+
+struct alignas(16) Vec4 {
+    u32 word[4];
+};
+
+// fp16: 11 significant bits.
+struct Float16 {
+    static __device__ float to_float(u32 low_half) {
+        float value;
+        asm("{ .reg .b16 h; cvt.u16.u32 h, %1; cvt.f32.f16 %0, h; }" : "=f"(value) : "r"(low_half));
+        return value;
+    }
+    static __device__ u32 pack(float low, float high) {
+        u32 pair;
+        asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(pair) : "f"(high), "f"(low));
+        return pair;
+    }
+    static __device__ u32 add(u32 a, u32 b) {
+        u32 pair;
+        asm("add.f16x2 %0, %1, %2;" : "=r"(pair) : "r"(a), "r"(b));
+        return pair;
+    }
+    static __device__ u32 fma(u32 a, u32 b, u32 c) {
+        u32 pair;
+        asm("fma.rn.f16x2 %0, %1, %2, %3;" : "=r"(pair) : "r"(a), "r"(b), "r"(c));
+        return pair;
+    }
+};
+
+// bf16: 8 significant bits.
+struct BFloat16 {
+    static __device__ float to_float(u32 low_half) {
+        return __int_as_float(static_cast<int>(low_half << 16));
+    }
+    static __device__ u32 pack(float low, float high) {
+        u32 pair;
+        asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(pair) : "f"(high), "f"(low));
+        return pair;
+    }
+    // Before Hopper bf16 has no add: a * 1 + b rounds alike.
+    static __device__ u32 add(u32 a, u32 b) {
+        u32 pair;
+        asm("fma.rn.bf16x2 %0, %1, %2, %3;" : "=r"(pair) : "r"(a), "r"(0x3F803F80u), "r"(b));
+        return pair;
+    }
+};

@@ -1,0 +1,167 @@
+"""matmul and explain: the arguments checked, the work sent to where the weight lives."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from marlin_cupy import frameworks, kernels
+from marlin_cupy.device import CPU, Device, gpu, import_cupy
+from marlin_cupy.errors import DeviceError
+from marlin_cupy.formats.scalars import HALF_DTYPES
+from marlin_cupy.frameworks import Framework, StreamFramework
+from marlin_cupy.kernels import Plan, Problem
+from marlin_cupy.tensor import QuantizedTensor
+
+Array = Any  # an array of any library
+
+
+def matmul(x: Array, w: QuantizedTensor, bias: Array | None = None, out: Array | None = None) -> Array:
+    """y = x @ W + bias, computed where the weight lives.
+
+    Args:
+        x: float16 or bfloat16[..., K], last axis contiguous, any strides between rows. On the weight's GPU it is
+            used in place on its library's current stream; a NumPy array is taken there and the result back.
+        w: the weight, logical shape (K, N).
+        bias: the dtype, library and device of x, [N], contiguous; added in float32 before the one rounding.
+        out: the dtype, library and device of x, [..., N]; written and returned. Not for JAX, whose arrays are
+            immutable. It must not overlap x.
+
+    Returns:
+        [..., N] in x's library, dtype and device.
+
+    Raises:
+        TypeError: no array, or no QuantizedTensor. ValueError: shape, dtype or strides. DeviceError: x, bias or
+            out somewhere else than the weight.
+    """
+    if not isinstance(w, QuantizedTensor):
+        raise TypeError(f"w is a {type(w).__name__}; pass a QuantizedTensor, from quantize, pack or load.")
+    framework = frameworks.of(x)
+    device = framework.device(x)
+    dtype = framework.dtype(x)
+    if dtype not in HALF_DTYPES:
+        raise ValueError(f"x is {dtype}; use {' or '.join(HALF_DTYPES)}, for instance x.astype({HALF_DTYPES[0]!r}).")
+    K, N = w.shape
+    if len(x.shape) == 0 or x.shape[-1] != K:
+        raise ValueError(f"x has shape {tuple(x.shape)} and the weight (K={K}, N={N}); x must be (..., {K}).")
+    if bias is not None:
+        _check(framework, bias, "bias", (N,), dtype, device)
+    if out is not None:
+        if not framework.writable:
+            raise TypeError(f"out is given and {framework.name} arrays are immutable; use the result instead.")
+        _check(framework, out, "out", (*x.shape[:-1], N), dtype, device)
+
+    if device != w.device and (framework.name != "numpy" or w.device == CPU):
+        raise DeviceError(
+            f"x is on {device} and the weight on {w.device}; move one, for instance w.to({str(device)!r})."
+        )
+    if device == w.device and (device == CPU or isinstance(framework, StreamFramework)):
+        if device != CPU:
+            _check_strides(framework, x, bias, out)
+        return _plan(w, math.prod(x.shape[:-1]), dtype).multiply(framework, x, w, bias, out)
+    return _through_cupy(framework, x, w, bias, out)
+
+
+@dataclass(frozen=True)
+class Explanation:
+    """What :func:`explain` found; print it.
+
+    Attributes:
+        kernel: name of the kernel that is used.
+        config: its configuration, in words.
+        passed_over: kernels that are not used, with the reason.
+    """
+
+    kernel: str
+    config: str
+    passed_over: dict[str, str]
+
+    def __str__(self) -> str:
+        lines = [f"{self.kernel}: {self.config}"]
+        return "\n".join(lines + [f"not {name}: {reason}" for name, reason in self.passed_over.items()])
+
+
+def explain(shape: Sequence[int], dtype: Any, w: QuantizedTensor) -> Explanation:
+    """Which kernel and configuration :func:`matmul` uses for x of that shape and dtype, and why no other.
+
+    Args:
+        shape: shape (..., K) of x.
+        dtype: dtype of x, of any library or by name.
+        w: the weight.
+
+    Raises:
+        UnsupportedError: no kernel serves it; the message has every kernel's reason.
+    """
+    if len(shape) == 0 or shape[-1] != w.shape[0]:
+        raise ValueError(f"shape is {tuple(shape)} and the weight (K={w.shape[0]}, N={w.shape[1]}); use (..., K).")
+    name = str(getattr(dtype, "name", None) or getattr(dtype, "__name__", None) or dtype).removeprefix("torch.")
+    problem = _problem(math.prod(shape[:-1]), name, w)
+    chosen = kernels.choose(problem)
+    passed_over = {
+        other: reason or f"serves this too, {chosen.name} is preferred"
+        for other, reason in kernels.refusals(problem).items()
+        if other != chosen.name
+    }
+    return Explanation(chosen.name, str(chosen.plan(problem)), passed_over)
+
+
+def _plan(w: QuantizedTensor, m: int, dtype: str) -> Plan:
+    """The kernel for M rows of ``dtype``, made ready once per weight."""
+    found: Plan | None = w.plans.get((m, dtype))
+    if found is None:
+        problem = _problem(m, dtype, w)
+        found = w.plans[m, dtype] = kernels.choose(problem).plan(problem)
+    return found
+
+
+def _problem(m: int, dtype: str, w: QuantizedTensor) -> Problem:
+    return Problem(m, dtype, w.spec, None if w.device == CPU else gpu(w.device.index))
+
+
+def _through_cupy(framework: Framework, x: Array, w: QuantizedTensor, bias: Any, out: Any) -> Array:
+    """For libraries without a stream of their own to launch on: CuPy computes, DLPack or a copy hands over."""
+    cupy = import_cupy("a weight on a GPU")
+    with cupy.cuda.Device(w.device.index):
+        arrays = [None if array is None else cupy.asarray(framework.to_native(array)) for array in (x, bias)]
+        y = matmul(arrays[0], w, arrays[1])
+        if out is None:
+            return framework.from_native(y)
+        framework.to_native(out)[...] = y.get() if framework.device(out) == CPU else y
+        return out
+
+
+def _check_strides(framework: Framework, x: Array, bias: Any, out: Any) -> None:
+    """ValueError for memory that the kernels cannot address."""
+    assert isinstance(framework, StreamFramework)
+    if framework.strides(x)[-1] != 1 and x.shape[-1] != 1:
+        raise ValueError(f"x has strides {framework.strides(x)}; its last axis must be contiguous, copy it first.")
+    if out is not None and not _is_row_major(framework, out):
+        raise ValueError(f"out has strides {framework.strides(out)}; it must be contiguous, or 2-D with whole rows.")
+    if bias is not None and framework.strides(bias)[0] != 1:
+        raise ValueError(f"bias has strides {framework.strides(bias)}; it must be contiguous.")
+
+
+def _is_row_major(framework: StreamFramework, out: Array) -> bool:
+    """Whether ``out`` can be seen as (M, N) with contiguous rows without a copy."""
+    strides = framework.strides(out)
+    if strides[-1] != 1 and out.shape[-1] != 1:
+        return False
+    rows = [(size, stride) for size, stride in zip(out.shape[:-1], strides[:-1], strict=True) if size != 1]
+    return all(a[1] == b[0] * b[1] for a, b in itertools.pairwise(rows))
+
+
+def _check(framework: Framework, array: Array, role: str, shape: tuple[int, ...], dtype: str, device: Device) -> None:
+    """ValueError or DeviceError unless ``array`` matches x and has ``shape``."""
+    theirs = frameworks.of(array, role)
+    if theirs is not framework:
+        raise TypeError(f"{role} is a {theirs.name} array and x a {framework.name} array; use one library.")
+    if tuple(array.shape) != shape or theirs.dtype(array) != dtype:
+        raise ValueError(f"{role} is {theirs.dtype(array)}{tuple(array.shape)}; it must be {dtype}{shape}, as x.")
+    if theirs.device(array) != device:
+        raise DeviceError(f"{role} is on {theirs.device(array)} and x on {device}; they must be on one device.")
+
+
+QuantizedTensor.multiply = staticmethod(matmul)

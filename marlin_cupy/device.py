@@ -1,0 +1,125 @@
+"""What the machine is: devices, the properties of a GPU that kernels depend on, installed packages."""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import importlib.metadata
+from dataclasses import dataclass
+from types import ModuleType
+from typing import Any
+
+from marlin_cupy.errors import DeviceError, MissingDependencyError
+
+_PACKAGES = [
+    "numpy",
+    "ml_dtypes",
+    "safetensors",
+    "cupy-cuda12x",
+    "cupy-cuda13x",
+    "nvidia-cuda-nvrtc",
+    "nvidia-cuda-nvrtc-cu12",
+    "jax",
+    "jaxlib",
+    "torch",
+    "rich",
+    "typer",
+    "matplotlib",
+    "humming-kernels",
+]
+#: Architectures whose own instructions need the "a" suffix, which exists from Hopper on.
+_ARCH_SPECIFIC = 90
+
+
+@dataclass(frozen=True)
+class Device:
+    """Where memory is: ``Device("cpu")`` or ``Device("cuda", 0)``."""
+
+    kind: str
+    index: int = 0
+
+    def __str__(self) -> str:
+        return "cpu" if self.kind == "cpu" else f"{self.kind}:{self.index}"
+
+    @staticmethod
+    def parse(device: Device | str) -> Device:
+        """``"cpu"``, ``"cuda"`` or ``"cuda:1"`` as a Device; ValueError otherwise."""
+        if isinstance(device, Device):
+            return device
+        kind, _, index = str(device).partition(":")
+        if kind not in ("cpu", "cuda") or (index and not index.isdigit()):
+            raise ValueError(f'device is {device!r}; use "cpu", "cuda" or "cuda:N".')
+        return Device(kind, int(index or 0))
+
+
+CPU = Device("cpu")
+
+
+@dataclass(frozen=True)
+class Gpu:
+    """The facts about one GPU that choosing and compiling a kernel needs. Sizes in bytes."""
+
+    index: int
+    name: str
+    arch: str  # "sm_90a": the architecture NVRTC compiles for
+    sm_count: int
+    shared_per_block: int
+    shared_per_sm: int
+    l2_bytes: int
+
+
+def import_cupy(purpose: str) -> ModuleType:
+    """CuPy, or a MissingDependencyError that says what it was needed for and how to get it."""
+    try:
+        cupy = importlib.import_module("cupy")
+    except ImportError as error:
+        raise MissingDependencyError(
+            f"{purpose} needs CuPy, which is not importable here ({error}); "
+            "pip install 'marlin_cupy[cuda13]' (or [cuda12] for a CUDA 12 driver)."
+        ) from error
+    return cupy
+
+
+def gpu_count() -> int:
+    """Number of usable CUDA GPUs; 0 without CuPy, without a driver or without a device."""
+    try:
+        cupy = import_cupy("looking for a GPU")
+        return int(cupy.cuda.runtime.getDeviceCount())
+    except Exception:  # a missing or broken driver raises types that CuPy does not export
+        return 0
+
+
+def arch_of(major: int, minor: int) -> str:
+    """The architecture name that NVRTC takes for a compute capability: (8, 0) is "sm_80", (9, 0) "sm_90a"."""
+    number = 10 * major + minor
+    return f"sm_{number}a" if number >= _ARCH_SPECIFIC else f"sm_{number}"
+
+
+@functools.cache
+def gpu(index: int = 0) -> Gpu:
+    """Properties of GPU ``index``; DeviceError when there is none."""
+    count = gpu_count()
+    if index >= count:
+        raise DeviceError(f"cuda:{index} was asked for and this machine has {count} usable CUDA GPU(s).")
+    cupy = import_cupy("reading GPU properties")
+    properties: dict[str, Any] = cupy.cuda.runtime.getDeviceProperties(index)
+    return Gpu(
+        index=index,
+        name=properties["name"].decode(),
+        arch=arch_of(properties["major"], properties["minor"]),
+        sm_count=properties["multiProcessorCount"],
+        shared_per_block=properties["sharedMemPerBlockOptin"],
+        shared_per_sm=properties["sharedMemPerMultiprocessor"],
+        l2_bytes=properties["l2CacheSize"],
+    )
+
+
+def installed() -> dict[str, str | None]:
+    """Version of every package this project can use, or None where it is not installed. Imports nothing."""
+    found: dict[str, str | None] = {}
+    for package in _PACKAGES:
+        try:
+            found[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            found[package] = None
+    return found

@@ -1,0 +1,63 @@
+"""CuPy arrays: GPU memory, CuPy's current stream."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import cupy
+import ml_dtypes
+import numpy
+from cupy.cuda import get_current_stream
+
+from marlin_cupy.device import Device
+from marlin_cupy.frameworks.framework import StreamFramework
+
+_DTYPES = {"bfloat16": numpy.dtype(ml_dtypes.bfloat16)}
+
+
+class CupyFramework(StreamFramework):
+    """Native in GPU memory: hand-over is the identity."""
+
+    name = "cupy"
+
+    def device(self, array: Any) -> Device:
+        """The GPU that holds the array."""
+        return Device("cuda", array.device.id)
+
+    def dtype(self, array: Any) -> str:
+        """Name of the NumPy or ml_dtypes type."""
+        return str(array.dtype.name)
+
+    def to_native(self, array: Any) -> Any:
+        """The array itself."""
+        return array
+
+    def from_native(self, native: Any) -> Any:
+        """A CuPy array itself; a NumPy array is copied to the current GPU."""
+        return cupy.asarray(native)
+
+    def pointer(self, array: Any) -> int:
+        """Device address of the first element."""
+        return int(array.data.ptr)
+
+    def strides(self, array: Any) -> tuple[int, ...]:
+        """Strides in elements."""
+        return tuple(stride // array.itemsize for stride in array.strides)
+
+    def empty(self, shape: tuple[int, ...], dtype: str, device: Device) -> Any:
+        """From CuPy's memory pool."""
+        if cupy.cuda.runtime.getDevice() == device.index:
+            return cupy.empty(shape, dtype=_DTYPES.get(dtype, dtype))
+        with cupy.cuda.Device(device.index):
+            return cupy.empty(shape, dtype=_DTYPES.get(dtype, dtype))
+
+    def stream(self, device: Device) -> int:
+        """CuPy's current stream on that GPU."""
+        return int(get_current_stream(device.index).ptr)
+
+    def rows(self, array: Any) -> Any:
+        """Leading axes folded into one."""
+        return array if array.ndim == 2 else array.reshape(-1, array.shape[-1])
+
+
+FRAMEWORK = CupyFramework()

@@ -1,0 +1,60 @@
+"""What the rest of the library asks of an array library: whose memory, which stream, how to hand over."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from typing import Any
+
+from marlin_cupy.device import Device
+
+Array = Any  # an array of any library
+Native = Any  # a NumPy array in host memory or a CuPy array in GPU memory
+
+
+class Framework(ABC):
+    """One array library. Hand-over shares memory unless a method says otherwise."""
+
+    #: The name users know it by.
+    name: str
+    #: Whether its arrays can be written in place (``out=``, ``update_``).
+    writable: bool = True
+
+    @abstractmethod
+    def device(self, array: Array) -> Device:
+        """Where the memory of ``array`` is."""
+
+    @abstractmethod
+    def dtype(self, array: Array) -> str:
+        """Name of the element type, as NumPy and ml_dtypes spell it: "float16", "bfloat16", ..."""
+
+    @abstractmethod
+    def to_native(self, array: Array) -> Native:
+        """The same memory as a NumPy or CuPy array, ordered after pending work on it."""
+
+    @abstractmethod
+    def from_native(self, native: Native) -> Array:
+        """A NumPy or CuPy array as an array of this library, ordered after pending work on it."""
+
+
+class StreamFramework(Framework):
+    """A library whose GPU arrays are used by raw pointer, on its own current stream."""
+
+    @abstractmethod
+    def pointer(self, array: Array) -> int:
+        """Device address of the first element."""
+
+    @abstractmethod
+    def strides(self, array: Array) -> tuple[int, ...]:
+        """Strides in elements."""
+
+    @abstractmethod
+    def empty(self, shape: tuple[int, ...], dtype: str, device: Device) -> Array:
+        """Uninitialised array from the library's own allocator, safe while it captures a CUDA graph."""
+
+    @abstractmethod
+    def stream(self, device: Device) -> int:
+        """Handle of the library's current stream on ``device``."""
+
+    @abstractmethod
+    def rows(self, array: Array) -> Array:
+        """``array`` of shape (..., K) as (M, K), a view where strides allow it."""

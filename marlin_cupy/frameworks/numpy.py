@@ -1,0 +1,35 @@
+"""NumPy arrays: host memory, no stream."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy
+
+from marlin_cupy.device import CPU, Device
+from marlin_cupy.frameworks.framework import Framework
+
+
+class NumpyFramework(Framework):
+    """Native in host memory: hand-over is the identity."""
+
+    name = "numpy"
+
+    def device(self, array: Any) -> Device:
+        """Always the CPU."""
+        return CPU
+
+    def dtype(self, array: Any) -> str:
+        """Name of the NumPy or ml_dtypes type."""
+        return str(array.dtype.name)
+
+    def to_native(self, array: Any) -> Any:
+        """The array itself."""
+        return array
+
+    def from_native(self, native: Any) -> Any:
+        """A NumPy array itself; a CuPy array is copied to host memory."""
+        return native if isinstance(native, numpy.ndarray) else native.get()
+
+
+FRAMEWORK = NumpyFramework()

@@ -1,0 +1,85 @@
+"""PyTorch tensors: eager, and while a CUDA graph is captured."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import ml_dtypes
+import numpy
+import torch
+
+from marlin_cupy.device import CPU, Device, import_cupy
+from marlin_cupy.errors import DeviceError
+from marlin_cupy.frameworks.framework import StreamFramework
+
+_NAMES = {torch.float16: "float16", torch.bfloat16: "bfloat16"}
+_DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "uint8": torch.uint8, "float32": torch.float32}
+_BFLOAT16 = numpy.dtype(ml_dtypes.bfloat16)
+
+
+def _raw_stream_query() -> Any:
+    """The look-up that PyTorch's own generated code uses, or the public one where a build lacks it."""
+    query = getattr(torch._C, "_cuda_getCurrentRawStream", None)
+    return query or (lambda index: torch.cuda.current_stream(index).cuda_stream)
+
+
+class TorchFramework(StreamFramework):
+    """Tensors by raw pointer on PyTorch's current stream."""
+
+    name = "torch"
+
+    def __init__(self) -> None:
+        self._raw_stream = _raw_stream_query()
+
+    def device(self, array: Any) -> Device:
+        """CPU or the CUDA GPU; DeviceError for any other backend."""
+        device = array.device
+        if device.type == "cuda":
+            return Device("cuda", device.index)
+        if device.type != "cpu":
+            raise DeviceError(f"a PyTorch tensor is on {device}; tensors on cpu and cuda can be used.")
+        return CPU
+
+    def dtype(self, array: Any) -> str:
+        """The dtype without its "torch." prefix."""
+        return _NAMES.get(array.dtype) or str(array.dtype).removeprefix("torch.")
+
+    def to_native(self, array: Any) -> Any:
+        """A NumPy or CuPy array over the tensor's memory."""
+        array = array.detach()
+        if array.device.type == "cuda":
+            return import_cupy("a PyTorch tensor on a GPU").from_dlpack(array)
+        if array.dtype == torch.bfloat16:  # PyTorch's own numpy() has no bfloat16
+            return array.view(torch.int16).numpy().view(_BFLOAT16)
+        return array.numpy()
+
+    def from_native(self, native: Any) -> Any:
+        """A tensor over the memory of a NumPy or CuPy array."""
+        if isinstance(native, numpy.ndarray) and native.dtype == _BFLOAT16:
+            return torch.from_numpy(native.view(numpy.int16)).view(torch.bfloat16)
+        if isinstance(native, numpy.ndarray):
+            return torch.from_numpy(native)
+        return torch.from_dlpack(native)
+
+    def pointer(self, array: Any) -> int:
+        """Device address of the first element."""
+        return int(array.data_ptr())
+
+    def strides(self, array: Any) -> tuple[int, ...]:
+        """Strides in elements."""
+        return tuple(array.stride())
+
+    def empty(self, shape: tuple[int, ...], dtype: str, device: Device) -> Any:
+        """From PyTorch's caching allocator (from the graph's pool while capturing)."""
+        return torch.empty(shape, dtype=_DTYPES[dtype], device=f"cuda:{device.index}")
+
+    def stream(self, device: Device) -> int:
+        """PyTorch's current stream on that GPU."""
+        return int(self._raw_stream(device.index))
+
+    def rows(self, array: Any) -> Any:
+        """Leading axes folded into one."""
+        return array if array.dim() == 2 else array.reshape(-1, array.shape[-1])
+
+
+FRAMEWORK = TorchFramework()

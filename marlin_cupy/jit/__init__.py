@@ -1,0 +1,1 @@
+"""Source string -> cubin -> loaded function -> launch."""

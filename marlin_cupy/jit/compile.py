@@ -1,0 +1,120 @@
+"""NVRTC through CuPy: source to cubin for any architecture, with or without a GPU, through the disk cache."""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import re
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from marlin_cupy.device import import_cupy
+from marlin_cupy.errors import CompileError
+from marlin_cupy.jit import cache
+
+_OPTIONS = ("-std=c++17", "--ptxas-options=-v")
+_ARCH = re.compile(r"sm_\d{2,3}[af]?")
+#: ptxas reports these in the log of a build that succeeds: wgmma serialised, setmaxnreg ignored.
+_SLOW = re.compile(r"C75\d\d|serialized|setmaxnreg.*ignored", re.IGNORECASE)
+_REGISTERS = re.compile(r"Used (\d+) registers")
+_SPILLS = re.compile(r"(\d+) bytes spill stores, (\d+) bytes spill loads")
+
+
+@dataclass(frozen=True)
+class Build:
+    """A compiled kernel and what ptxas said of it."""
+
+    cubin: bytes
+    registers: int
+    spill_bytes: int
+
+
+def compile(source: str, arch: str) -> Build:
+    """Compile, without any cache.
+
+    Raises:
+        CompileError: NVRTC's error log, or a log line that means a slow build (serialised wgmma and the like).
+        ValueError: ``arch`` is no architecture name. MissingDependencyError: no CuPy.
+    """
+    if not _ARCH.fullmatch(arch):
+        raise ValueError(f'arch is {arch!r}; use a name like "sm_80" or "sm_90a".')
+    nvrtc = _nvrtc()
+    program = nvrtc.createProgram(source, "marlin_cupy.cu", [], [])
+    try:
+        try:
+            nvrtc.compileProgram(program, [*_OPTIONS, f"-arch={arch}"])
+        except nvrtc.NVRTCError as error:
+            log = nvrtc.getProgramLog(program).rstrip("\0\n ")
+            raise CompileError(f"NVRTC {nvrtc_version()} cannot build for {arch}: {error}\n{log}") from error
+        log, cubin = nvrtc.getProgramLog(program), nvrtc.getCUBIN(program)
+    finally:
+        nvrtc.destroyProgram(program)
+    slow = [line for line in log.splitlines() if _SLOW.search(line)]
+    if slow:
+        raise CompileError(f"the build for {arch} would be slow:\n" + "\n".join(slow))
+    registers, spills = _REGISTERS.search(log), _SPILLS.findall(log)
+    return Build(cubin, int(registers[1]) if registers else 0, sum(int(a) + int(b) for a, b in spills))
+
+
+def cubin(name: str, source: str, arch: str) -> bytes:
+    """The cubin of ``source`` for ``arch``: from the bundle, from the cache, or compiled and cached."""
+    bundle = cache.bundle_dir()
+    if bundle is not None:
+        found = cache.read(bundle, bundle_name(name, source, arch))
+        if found is not None:
+            return found
+    entry = f"{name}-{arch}-{cache.key(source, *_OPTIONS, arch, nvrtc_version())}.cubin"
+    found = cache.read(cache.cache_dir(), entry)
+    if found is None:
+        found = compile(source, arch).cubin
+        cache.write(cache.cache_dir(), entry, found)  # a read-only cache costs a compilation per process, no more
+    return found
+
+
+def bundle_name(name: str, source: str, arch: str) -> str:
+    """The file of a kernel in a bundle. The NVRTC version is left out: the machine that reads it may have another."""
+    return f"{name}-{arch}-{cache.key(source, *_OPTIONS, arch)}.cubin"
+
+
+def add_to_bundle(folder: Path, name: str, source: str, arch: str) -> Path:
+    """Put a kernel into a bundle folder; OSError where it cannot be written."""
+    entry = bundle_name(name, source, arch)
+    if not cache.write(folder, entry, cubin(name, source, arch)):
+        raise OSError(f"cannot write {folder / entry}; choose a folder that can be written.")
+    return folder / entry
+
+
+@functools.cache
+def nvrtc_version() -> str:
+    """Major and minor version of the NVRTC that CuPy found."""
+    major, minor = _nvrtc().getVersion()
+    return f"{major}.{minor}"
+
+
+@functools.cache
+def _nvrtc() -> Any:
+    import_cupy("compiling a kernel")
+    from cupy.cuda import nvrtc
+
+    _load_builtins()
+    return nvrtc
+
+
+def _load_builtins() -> None:
+    """Make NVRTC's companion library findable when another package loaded NVRTC by path.
+
+    NVRTC opens ``libnvrtc-builtins`` by name. Where JAX has loaded libnvrtc from a folder that the dynamic linker
+    does not search, that fails; a library already in the process is found by its name.
+    """
+    if not sys.platform.startswith("linux"):
+        return
+    with open("/proc/self/maps", encoding="utf-8") as maps:
+        loaded = {line.split()[-1] for line in maps if "libnvrtc.so" in line}
+    for path in loaded:
+        for builtins in Path(path).parent.glob("libnvrtc-builtins.so*"):
+            try:
+                ctypes.CDLL(str(builtins), mode=ctypes.RTLD_GLOBAL)
+            except OSError:
+                continue

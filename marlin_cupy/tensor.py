@@ -1,0 +1,508 @@
+"""QuantizedTensor: a format, a logical shape and one packed buffer; quantize, dequantize, save and load."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import math
+import os
+import uuid
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar, NamedTuple
+
+import ml_dtypes
+import numpy
+import safetensors
+import safetensors.numpy
+
+from marlin_cupy import formats, frameworks
+from marlin_cupy.device import CPU, Device, gpu, gpu_count, import_cupy
+from marlin_cupy.errors import DeviceError, FileFormatError
+from marlin_cupy.formats.scalars import BFLOAT16, FLOAT16, FLOAT32, HALF_DTYPES, MAX, from_bits, to_bits
+from marlin_cupy.layout import SLAB_N, Layout
+
+Array = Any  # an array of any library
+
+#: Version of the file format and of the packed layout in it.
+FILE_VERSION = 1
+_METADATA_KEY = "marlin_cupy"
+_SEARCHES = ("absmax", "mse")
+#: Weights handled at once while quantizing and dequantizing: bounds scratch to a few times 4 bytes each.
+_BLOCK_WEIGHTS = {"cpu": 4 << 20, "cuda": 16 << 20}
+_NUMPY_DTYPES = {
+    FLOAT16: numpy.dtype(numpy.float16),
+    BFLOAT16: numpy.dtype(ml_dtypes.bfloat16),
+    FLOAT32: numpy.dtype(numpy.float32),
+}
+
+
+@dataclass(frozen=True)
+class Spec:
+    """The immutable description of a quantized matrix. It does not depend on the activations it will meet."""
+
+    format: str
+    shape: tuple[int, int]  # logical (K, N)
+    group_size: int  # K per scale; -1: all of K
+    scale_dtype: str
+
+    @property
+    def layout(self) -> Layout:
+        """Where the codes sit."""
+        return Layout(formats.get(self.format), *self.shape, self.group_size, self.scale_dtype)
+
+
+class Unpacked(NamedTuple):
+    """What :meth:`QuantizedTensor.unpack` returns and :func:`pack` takes.
+
+    Attributes:
+        codes: uint8[K, N], as the format defines them (int4: 0 to 15, standing for -8 to 7).
+        scales: float16 or bfloat16[groups, N].
+        zero_points: the same dtype, integer values, [groups, N]; None for formats without them.
+    """
+
+    codes: Array
+    scales: Array
+    zero_points: Array | None
+
+
+class QuantizedTensor:
+    """A weight matrix W (K, N) in packed form, for ``y = x @ W``.
+
+    Made by :func:`quantize`, :func:`pack` and :func:`load`. ``packed`` is a uint8 array
+    (ceil(N/64), ceil(K/128), slab_bytes) of any library, see ``layout.py``.
+    """
+
+    __slots__ = ("_native", "device", "layout", "packed", "plans", "pointer", "spec")
+
+    # NumPy and CuPy leave ``x @ w`` to __rmatmul__ when they see these.
+    __array_ufunc__ = None
+    __array_priority__ = 1000
+
+    #: matmul, set by ``api``, which is above this module.
+    multiply: ClassVar[Callable[[Array, QuantizedTensor], Array]]
+
+    def __init__(self, spec: Spec, packed: Array) -> None:
+        framework = frameworks.of(packed, "packed")
+        layout = spec.layout
+        if tuple(packed.shape) != layout.packed_shape or framework.dtype(packed) != "uint8":
+            raise ValueError(
+                f"packed is {framework.dtype(packed)}{tuple(packed.shape)}; a {spec.format} weight of (K, N) = "
+                f"{spec.shape}, group_size={spec.group_size} needs uint8{layout.packed_shape}."
+            )
+        native = framework.to_native(packed)
+        if not native.flags.c_contiguous:
+            raise ValueError(f"packed has strides {native.strides}; it must be C-contiguous.")
+        self.spec = spec
+        self.layout = layout
+        self.packed = packed
+        self.device = framework.device(packed)
+        self._native = native
+        self.plans: dict[Any, Any] = {}  # launches by (M, dtype), kept by the kernels
+        self.pointer = 0 if self.device == CPU else int(native.data.ptr)
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """Logical shape (K, N)."""
+        return self.spec.shape
+
+    @property
+    def format(self) -> str:
+        """Name of the weight format."""
+        return self.spec.format
+
+    @property
+    def group_size(self) -> int:
+        """K per scale; -1: one scale per output column."""
+        return self.spec.group_size
+
+    @property
+    def scale_dtype(self) -> str:
+        """ "float16" or "bfloat16"."""
+        return self.spec.scale_dtype
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the packed buffer, scales and padding included."""
+        return math.prod(self.layout.packed_shape)
+
+    def __repr__(self) -> str:
+        return (
+            f"QuantizedTensor({self.format}, K={self.shape[0]}, N={self.shape[1]}, group_size={self.group_size}, "
+            f"scale_dtype={self.scale_dtype}, device={self.device}, nbytes={self.nbytes})"
+        )
+
+    def __rmatmul__(self, x: Array) -> Array:
+        return QuantizedTensor.multiply(x, self)
+
+    def unpack(self) -> Unpacked:
+        """Logical codes and parameters as NumPy or CuPy arrays: the exact inverse of :func:`pack`."""
+        codes, bits = self.layout.unpack(self._native, self.shape[1])
+        dtype = _NUMPY_DTYPES[self.scale_dtype]
+        zero_points = bits.get(formats.ZERO_POINT)
+        return Unpacked(
+            codes, bits[formats.SCALE].view(dtype), None if zero_points is None else zero_points.view(dtype)
+        )
+
+    def dequantize(self, dtype: str | None = None) -> Array:
+        """W (K, N) in ``dtype`` ("float16", "bfloat16", "float32"; default: that of the scales).
+
+        The result is in the library and on the device of ``packed``.
+        """
+        dtype = dtype or self.scale_dtype
+        if dtype not in _NUMPY_DTYPES:
+            raise ValueError(f"dtype is {dtype!r}; use one of {', '.join(_NUMPY_DTYPES)}.")
+        xp = self._native.__array_namespace__()
+        with _on(self.device):
+            result = xp.empty(self.shape, dtype=_NUMPY_DTYPES[dtype])
+            for columns, values in self.blocks():
+                if dtype == FLOAT32:
+                    result[:, columns] = values
+                else:
+                    result.view(xp.uint16)[:, columns] = to_bits(values, dtype)
+        return frameworks.of(self.packed).from_native(result)
+
+    def blocks(self) -> Iterator[tuple[slice, Array]]:
+        """The dequantized matrix a run of columns at a time: (columns, native float32[K, columns])."""
+        format = formats.get(self.format)
+        for columns in _column_blocks(self.shape, self.device):
+            codes, bits = self.layout.unpack(
+                self._native[columns.start // SLAB_N : -(-columns.stop // SLAB_N)], columns.stop - columns.start
+            )
+            params = {name: from_bits(value, self.scale_dtype) for name, value in bits.items()}
+            values = format.decode(_grouped(codes, self.layout, format.zero_code), params)
+            yield columns, values.reshape(-1, values.shape[-1])[: self.shape[0]]
+
+    def to(self, where: str | Device) -> QuantizedTensor:
+        """The same weight in another library or on another device.
+
+        Args:
+            where: "numpy", "cupy", "torch" or "jax" (shares memory where both are on the same device;
+                JAX on the CPU copies), or "cpu", "cuda", "cuda:N" (copies, as a NumPy or CuPy array).
+        """
+        if isinstance(where, str) and where in frameworks.NAMES:
+            native = self._native
+            if where == "numpy" and self.device != CPU:
+                native = native.get()
+            elif where == "cupy" and self.device == CPU:
+                return self.to("cuda")
+            return QuantizedTensor(self.spec, frameworks.by_name(where).from_native(native))
+        try:
+            device = Device.parse(where)
+        except ValueError:
+            raise ValueError(
+                f"where is {where!r}; use a library ({', '.join(frameworks.NAMES)}) "
+                'or a device ("cpu", "cuda", "cuda:N").'
+            ) from None
+        if device == self.device:
+            return QuantizedTensor(self.spec, self._native)
+        return QuantizedTensor(self.spec, _moved(self._native, device))
+
+    def update_(self, weight: Array, search: str = "absmax") -> QuantizedTensor:
+        """Re-quantize ``weight`` (K, N) into the same memory, so that pointers held elsewhere stay valid.
+
+        ``weight`` is checked completely before anything is written. Returns self.
+        """
+        framework = frameworks.of(self.packed)
+        if not framework.writable:
+            raise TypeError(f"update_ writes in place, {framework.name} arrays are immutable; quantize a new weight.")
+        native, _, largest = _checked_weight(weight, search)
+        _check_range(self.spec, largest)
+        if tuple(native.shape) != self.shape:
+            raise ValueError(f"weight has shape {tuple(native.shape)}; this tensor holds {self.shape}.")
+        device = frameworks.of(weight, "weight").device(weight)
+        if device != self.device:
+            raise DeviceError(f"weight is on {device} and the packed buffer on {self.device}; move one of them.")
+        _encode(native, self.spec, search, self._native)
+        return self
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write a safetensors file with one uint8 tensor "packed" and the description as metadata.
+
+        The file appears whole or not at all.
+        """
+        path = Path(path)
+        packed = numpy.ascontiguousarray(self._native if self.device == CPU else self._native.get())
+        metadata = {_METADATA_KEY: json.dumps(_description(self.spec, packed), sort_keys=True)}
+        if not path.parent.is_dir():
+            raise FileNotFoundError(f"cannot save to {path}: the folder {path.parent} does not exist.")
+        temporary = path.with_name(f".{path.name}.{os.getpid()}-{uuid.uuid4().hex}")
+        try:
+            safetensors.numpy.save_file({"packed": packed}, temporary, metadata=metadata)
+            os.replace(temporary, path)
+        finally:
+            temporary.unlink(missing_ok=True)
+
+
+def quantize(
+    weight: Array,
+    format: str = "int4",
+    group_size: int | None = None,
+    *,
+    scale_dtype: str | None = None,
+    search: str = "absmax",
+    device: str | Device | None = None,
+) -> QuantizedTensor:
+    """Quantize a weight by rounding to nearest.
+
+    Args:
+        weight: float16, bfloat16 or float32[K, N] of any library, any strides; ``y = x @ weight``.
+            (PyTorch's Linear holds (N, K): pass ``linear.weight.T``.)
+        format: a name of ``formats.names()``: "int4", "uint4", "int8", "nf4".
+        group_size: K per scale, -1 (all of K) or a multiple of 16; the format's default if None.
+        scale_dtype: "float16" or "bfloat16"; that of the weight if None, "float16" for float32.
+        search: "absmax", or "mse" for the clip that minimises the squared error of each group.
+        device: where the result goes, "cpu" or "cuda[:N]"; where the weight is if None.
+
+    Returns:
+        A QuantizedTensor over a NumPy array (host) or a CuPy array (GPU).
+
+    Raises:
+        TypeError: ``weight`` is no array. ValueError: wrong rank, dtype, group size, format or search,
+            non-finite weights, scales too large for ``scale_dtype``. DeviceError: no such device.
+    """
+    group_size = _checked_group_size(group_size, formats.get(format).default_group_size)
+    native, dtype, largest = _checked_weight(weight, search)
+    if scale_dtype is None:
+        scale_dtype = dtype if dtype in HALF_DTYPES else FLOAT16
+    spec = Spec(format, tuple(native.shape), group_size, _checked_scale_dtype(scale_dtype))
+    _check_range(spec, largest)
+    if device is not None and Device.parse(device) != frameworks.of(weight).device(weight):
+        native = _moved(native, Device.parse(device))
+    xp = native.__array_namespace__()
+    with _on(_device_of(native)):
+        packed = xp.empty(spec.layout.packed_shape, dtype=xp.uint8)
+        _encode(native, spec, search, packed)
+    return QuantizedTensor(spec, packed)
+
+
+def pack(
+    codes: Array,
+    scales: Array,
+    zero_points: Array | None = None,
+    *,
+    format: str = "int4",
+    group_size: int,
+) -> QuantizedTensor:
+    """A QuantizedTensor from codes and parameters that exist already (a checkpoint, another quantizer).
+
+    Args:
+        codes: uint8[K, N], as the format defines them (int4: 0 to 15, standing for -8 to 7).
+        scales: float16 or bfloat16[groups, N], groups = ceil(K / group_size), or 1 for -1.
+        zero_points: integers of any numeric dtype [groups, N], for formats that have them.
+        format, group_size: as in :func:`quantize`.
+
+    Raises:
+        TypeError, ValueError: as :func:`quantize`, and for codes or zero points out of range.
+    """
+    definition = formats.get(format)
+    group_size = _checked_group_size(group_size, definition.default_group_size)
+    named = {"codes": codes, formats.SCALE: scales}
+    if (zero_points is not None) != (formats.ZERO_POINT in definition.params):
+        needs = "needs" if zero_points is None else "has no"
+        raise ValueError(f"format {format!r} {needs} zero_points.")
+    if zero_points is not None:
+        named[formats.ZERO_POINT] = zero_points
+    native = {name: frameworks.of(array, name).to_native(array) for name, array in named.items()}
+    devices = {name: _device_of(array) for name, array in native.items()}
+    if len(set(devices.values())) != 1:
+        places = ", ".join(f"{name}: {device}" for name, device in devices.items())
+        raise DeviceError(f"the arrays are on different devices ({places}); put them on one.")
+    if native["codes"].ndim != 2 or native["codes"].dtype != numpy.uint8 or 0 in native["codes"].shape:
+        raise ValueError(f"codes are {native['codes'].dtype}{native['codes'].shape}; pass uint8 (K, N), not empty.")
+    scale_dtype = _checked_scale_dtype(native[formats.SCALE].dtype.name)
+    spec = Spec(format, tuple(native["codes"].shape), group_size, scale_dtype)
+    groups = (spec.layout.groups, spec.shape[1])
+    for name in definition.params:
+        if native[name].shape != groups:
+            raise ValueError(f"{name}s have shape {native[name].shape}; group_size {group_size} needs {groups}.")
+    if int(native["codes"].max()) > definition.max_code:
+        raise ValueError(f"the largest code is {int(native['codes'].max())}; {format} has {definition.bits} bits.")
+    xp = native["codes"].__array_namespace__()
+    params = {formats.SCALE: from_bits(xp.ascontiguousarray(native[formats.SCALE]).view(xp.uint16), scale_dtype)}
+    if not bool(xp.isfinite(params[formats.SCALE]).all()):
+        raise ValueError("scales contain NaN or infinity.")
+    if formats.ZERO_POINT in native:
+        points = native[formats.ZERO_POINT].astype(xp.float32)
+        if bool(((points < 0) | (points > definition.max_code) | (points != xp.rint(points))).any()):
+            raise ValueError(f"zero_points must be integers from 0 to {definition.max_code}.")
+        params[formats.ZERO_POINT] = points
+    with _on(devices["codes"]):
+        return QuantizedTensor(spec, spec.layout.pack(native["codes"], params))
+
+
+def dequantize(w: QuantizedTensor, dtype: str | None = None) -> Array:
+    """The matrix (K, N) that ``w`` stands for; see :meth:`QuantizedTensor.dequantize`."""
+    if not isinstance(w, QuantizedTensor):
+        raise TypeError(f"w is a {type(w).__name__}; pass a QuantizedTensor.")
+    return w.dequantize(dtype)
+
+
+def load(path: str | os.PathLike[str], device: str | Device = "cpu") -> QuantizedTensor:
+    """Read a file that :meth:`QuantizedTensor.save` wrote, checking every byte of it.
+
+    Args:
+        path: the file.
+        device: "cpu" (a NumPy array) or "cuda[:N]" (a CuPy array).
+
+    Raises:
+        FileNotFoundError: no such file. FileFormatError: not such a file, truncated, edited, of an unknown format
+            or of a future version. DeviceError: no such device.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"no file {path}.")
+    try:
+        with safetensors.safe_open(path, framework="numpy") as file:
+            metadata, names = file.metadata() or {}, list(file.keys())
+            packed = file.get_tensor("packed") if "packed" in names else None
+    except (safetensors.SafetensorError, OSError, ValueError) as error:
+        raise FileFormatError(f"{path} is not a readable safetensors file ({error}); save it again.") from error
+    if _METADATA_KEY not in metadata or packed is None:
+        raise FileFormatError(f"{path} holds no marlin_cupy weight; QuantizedTensor.save writes such files.")
+    try:
+        found = json.loads(metadata[_METADATA_KEY])
+        version = int(found["version"])
+    except (ValueError, KeyError, TypeError) as error:
+        raise FileFormatError(f"{path} has damaged metadata ({error!r}); save it again.") from error
+    if version > FILE_VERSION:
+        raise FileFormatError(f"{path} has version {version}; this marlin_cupy reads up to {FILE_VERSION}, upgrade it.")
+    try:
+        K, N = map(int, found["shape"])
+        spec = Spec(str(found["format"]), (K, N), int(found["group_size"]), str(found["scale_dtype"]))
+        formats.get(spec.format)
+        _checked_group_size(spec.group_size, 0)
+        _checked_scale_dtype(spec.scale_dtype)
+        if min(spec.shape) < 1 or packed.shape != spec.layout.packed_shape or packed.dtype != numpy.uint8:
+            raise ValueError(f"packed is {packed.dtype}{packed.shape} for a weight of shape {spec.shape}")
+        if found != _description(spec, packed):
+            raise ValueError("the checksum does not match the contents")
+    except (ValueError, KeyError, TypeError) as error:
+        raise FileFormatError(f"{path} does not hold what it says: {error}; save it again.") from error
+    return QuantizedTensor(spec, packed).to(Device.parse(device))
+
+
+def _description(spec: Spec, packed: Any) -> dict[str, Any]:
+    """The metadata of a file: the spec and a checksum over it and the packed bytes."""
+    fields: dict[str, Any] = {
+        "version": FILE_VERSION,
+        "format": spec.format,
+        "shape": list(spec.shape),
+        "group_size": spec.group_size,
+        "scale_dtype": spec.scale_dtype,
+    }
+    digest = hashlib.sha256(json.dumps(fields, sort_keys=True).encode())
+    digest.update(packed.data)
+    return fields | {"sha256": digest.hexdigest()}
+
+
+def _encode(weight: Any, spec: Spec, search: str, packed: Any) -> None:
+    """Quantize a checked native ``weight`` into ``packed``, a run of columns at a time."""
+    format, layout = formats.get(spec.format), spec.layout
+    with _on(_device_of(packed)):
+        for columns in _column_blocks(spec.shape, _device_of(packed)):
+            grouped = _grouped(_as_float32(weight[:, columns]), layout, 0)
+            codes, params = format.quantize(grouped, spec.scale_dtype, search)
+            codes = codes.reshape(-1, codes.shape[-1])[: spec.shape[0]]
+            packed[columns.start // SLAB_N : -(-columns.stop // SLAB_N)] = layout.pack(codes, params)
+
+
+def _grouped(columns: Any, layout: Layout, fill: int) -> Any:
+    """(K, n) -> (groups, group_size, n), the last group filled up."""
+    xp = columns.__array_namespace__()
+    size = layout.K if layout.group_size == -1 else layout.group_size
+    missing = layout.groups * size - layout.K
+    if missing:
+        tail = xp.full((missing, columns.shape[1]), fill, dtype=columns.dtype)
+        columns = xp.concatenate([columns, tail])
+    return columns.reshape(layout.groups, size, columns.shape[1])
+
+
+def _column_blocks(shape: tuple[int, int], device: Device) -> Iterator[slice]:
+    """Runs of whole 64-column blocks that bound the scratch memory of a conversion."""
+    step = max(1, _BLOCK_WEIGHTS[device.kind] // (shape[0] * SLAB_N)) * SLAB_N
+    for start in range(0, shape[1], step):
+        yield slice(start, min(start + step, shape[1]))
+
+
+def _as_float32(values: Any) -> Any:
+    """fp16, bf16 or fp32 as float32, without asking CuPy for bfloat16 arithmetic."""
+    xp = values.__array_namespace__()
+    if values.dtype.name == BFLOAT16:
+        return from_bits(xp.ascontiguousarray(values).view(xp.uint16), BFLOAT16)
+    return values.astype(xp.float32)
+
+
+def _checked_weight(weight: Array, search: str) -> tuple[Any, str, float]:
+    """The native form of a weight, its dtype and largest magnitude, or the reason why it cannot be quantized."""
+    if search not in _SEARCHES:
+        raise ValueError(f"search is {search!r}; use one of {', '.join(_SEARCHES)}.")
+    framework = frameworks.of(weight, "weight")
+    dtype = framework.dtype(weight)
+    if len(weight.shape) != 2 or 0 in weight.shape:
+        raise ValueError(f"weight has shape {tuple(weight.shape)}; pass (K, N), not empty.")
+    if dtype not in _NUMPY_DTYPES:
+        raise ValueError(f"weight is {dtype}; use float16, bfloat16 or float32.")
+    native = framework.to_native(weight)
+    device = _device_of(native)
+    with _on(device):
+        xp = native.__array_namespace__()
+        largest = 0.0
+        for columns in _column_blocks(tuple(native.shape), device):
+            block_largest = float(xp.max(xp.abs(_as_float32(native[:, columns]))))
+            if not math.isfinite(block_largest):
+                raise ValueError(
+                    f"weight has NaN or infinity in columns {columns.start} to {columns.stop - 1}; "
+                    "quantization needs finite weights."
+                )
+            largest = max(largest, block_largest)
+    return native, dtype, largest
+
+
+def _check_range(spec: Spec, largest: float) -> None:
+    """ValueError if weights up to ``largest`` can need a scale beyond the scale dtype."""
+    extremes = numpy.asarray([[[largest], [-largest]]], dtype=numpy.float32)
+    needed = float(formats.get(spec.format).fit(extremes, 1.0)[formats.SCALE].max())
+    if needed > MAX[spec.scale_dtype]:
+        raise ValueError(
+            f"weights up to {largest:.3g} need scales up to {needed:.3g}, beyond {spec.scale_dtype}; "
+            'use scale_dtype="bfloat16" or rescale the weight.'
+        )
+
+
+def _checked_group_size(group_size: int | None, default: int) -> int:
+    size = default if group_size is None else group_size
+    if isinstance(size, bool) or not isinstance(size, int) or (size != -1 and (size <= 0 or size % 16)):
+        raise ValueError(f"group_size is {size!r}; use -1 (one group) or a positive multiple of 16.")
+    return size
+
+
+def _checked_scale_dtype(scale_dtype: str) -> str:
+    if scale_dtype not in HALF_DTYPES:
+        raise ValueError(f"scale_dtype is {scale_dtype!r}; use {' or '.join(HALF_DTYPES)}.")
+    return scale_dtype
+
+
+def _device_of(native: Any) -> Device:
+    return frameworks.of(native).device(native)
+
+
+def _on(device: Device) -> Any:
+    """A context in which CuPy allocates and computes on ``device``; nothing for the CPU."""
+    return contextlib.nullcontext() if device == CPU else import_cupy("GPU memory").cuda.Device(device.index)
+
+
+def _moved(native: Any, device: Device) -> Any:
+    """A copy of a native array on ``device``."""
+    if device == CPU:
+        return native.get()
+    if device.index >= gpu_count():
+        gpu(device.index)  # raises with the reason
+    cupy = import_cupy("moving a weight to a GPU")
+    with cupy.cuda.Device(device.index):
+        return cupy.asarray(native)
+
+
+__all__ = ["QuantizedTensor", "Spec", "Unpacked", "dequantize", "load", "pack", "quantize"]
