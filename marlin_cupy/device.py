@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import importlib
 import importlib.metadata
+import sys
 from dataclasses import dataclass
 from types import ModuleType
 from typing import Any
@@ -78,6 +79,11 @@ def import_cupy(purpose: str) -> ModuleType:
             "pip install 'marlin_cupy[cuda13]' (or [cuda12] for a CUDA 12 driver)."
         ) from error
     return cupy
+
+
+def namespace(array: Any) -> ModuleType:
+    """The module whose functions compute on a native array: numpy, or cupy, which the caller has imported."""
+    return sys.modules[type(array).__module__.partition(".")[0]]
 
 
 def gpu_count() -> int:

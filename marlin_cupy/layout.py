@@ -26,6 +26,7 @@ import math
 from dataclasses import dataclass
 from typing import Any
 
+from marlin_cupy.device import namespace
 from marlin_cupy.formats import Format
 from marlin_cupy.formats.scalars import to_bits
 
@@ -90,7 +91,7 @@ class Layout:
             codes: uint8 (K, n), the logical codes of n output columns; n is padded to 64 here.
             params: per name float32 (groups, n), exact in the scale dtype.
         """
-        xp = codes.__array_namespace__()
+        xp = namespace(codes)
         n, (_, slabs_k, _) = codes.shape[1], self.packed_shape
         slabs_n = -(-n // SLAB_N)
         padded = xp.full((slabs_k * SLAB_K, slabs_n * SLAB_N), self.format.zero_code, dtype=xp.uint8)
@@ -123,7 +124,7 @@ class Layout:
             packed: uint8 (slabs_n, slabs_k, slab_bytes), whole 64-column blocks.
             n: logical number of columns in them.
         """
-        xp = packed.__array_namespace__()
+        xp = namespace(packed)
         slabs_n, slabs_k, _ = packed.shape
         halves = packed.reshape(slabs_n, slabs_k, 2, self.half_bytes)
         _, blocks, rows, g, t, atoms, _ = self._code_axes
@@ -156,7 +157,7 @@ class Layout:
 
     def _bytes_of(self, values: Array) -> Array:
         """Codes (..., 8) in fragment order -> bytes of words (..., bits)."""
-        xp = values.__array_namespace__()
+        xp = namespace(values)
         ordered = values[..., xp.asarray(self.format.order)]
         if self.format.bits == 8:
             return ordered
@@ -164,7 +165,7 @@ class Layout:
 
     def _codes_of(self, data: Array) -> Array:
         """Bytes of words -> codes (..., 8) in fragment order: the inverse of :meth:`_bytes_of`."""
-        xp = data.__array_namespace__()
+        xp = namespace(data)
         if self.format.bits == 4:
             data = xp.stack([data & 15, data >> 4], axis=-1)
         inverse = sorted(range(8), key=lambda value: self.format.order[value])

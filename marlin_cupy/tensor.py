@@ -19,7 +19,7 @@ import safetensors
 import safetensors.numpy
 
 from marlin_cupy import formats, frameworks
-from marlin_cupy.device import CPU, Device, gpu, gpu_count, import_cupy
+from marlin_cupy.device import CPU, Device, gpu, gpu_count, import_cupy, namespace
 from marlin_cupy.errors import DeviceError, FileFormatError
 from marlin_cupy.formats.scalars import BFLOAT16, FLOAT16, FLOAT32, HALF_DTYPES, MAX, from_bits, to_bits
 from marlin_cupy.layout import SLAB_N, Layout
@@ -154,7 +154,7 @@ class QuantizedTensor:
         dtype = dtype or self.scale_dtype
         if dtype not in _NUMPY_DTYPES:
             raise ValueError(f"dtype is {dtype!r}; use one of {', '.join(_NUMPY_DTYPES)}.")
-        xp = self._native.__array_namespace__()
+        xp = namespace(self._native)
         with _on(self.device):
             result = xp.empty(self.shape, dtype=_NUMPY_DTYPES[dtype])
             for columns, values in self.blocks():
@@ -271,7 +271,7 @@ def quantize(
     _check_range(spec, largest)
     if device is not None and Device.parse(device) != frameworks.of(weight).device(weight):
         native = _moved(native, Device.parse(device))
-    xp = native.__array_namespace__()
+    xp = namespace(native)
     with _on(_device_of(native)):
         packed = xp.empty(spec.layout.packed_shape, dtype=xp.uint8)
         _encode(native, spec, search, packed)
@@ -320,7 +320,7 @@ def pack(
             raise ValueError(f"{name}s have shape {native[name].shape}; group_size {group_size} needs {groups}.")
     if int(native["codes"].max()) > definition.max_code:
         raise ValueError(f"the largest code is {int(native['codes'].max())}; {format} has {definition.bits} bits.")
-    xp = native["codes"].__array_namespace__()
+    xp = namespace(native["codes"])
     params = {formats.SCALE: from_bits(xp.ascontiguousarray(native[formats.SCALE]).view(xp.uint16), scale_dtype)}
     if not bool(xp.isfinite(params[formats.SCALE]).all()):
         raise ValueError("scales contain NaN or infinity.")
@@ -411,7 +411,7 @@ def _encode(weight: Any, spec: Spec, search: str, packed: Any) -> None:
 
 def _grouped(columns: Any, layout: Layout, fill: int) -> Any:
     """(K, n) -> (groups, group_size, n), the last group filled up."""
-    xp = columns.__array_namespace__()
+    xp = namespace(columns)
     size = layout.K if layout.group_size == -1 else layout.group_size
     missing = layout.groups * size - layout.K
     if missing:
@@ -429,7 +429,7 @@ def _column_blocks(shape: tuple[int, int], device: Device) -> Iterator[slice]:
 
 def _as_float32(values: Any) -> Any:
     """fp16, bf16 or fp32 as float32, without asking CuPy for bfloat16 arithmetic."""
-    xp = values.__array_namespace__()
+    xp = namespace(values)
     if values.dtype.name == BFLOAT16:
         return from_bits(xp.ascontiguousarray(values).view(xp.uint16), BFLOAT16)
     return values.astype(xp.float32)
@@ -448,7 +448,7 @@ def _checked_weight(weight: Array, search: str) -> tuple[Any, str, float]:
     native = framework.to_native(weight)
     device = _device_of(native)
     with _on(device):
-        xp = native.__array_namespace__()
+        xp = namespace(native)
         largest = 0.0
         for columns in _column_blocks(tuple(native.shape), device):
             block_largest = float(xp.max(xp.abs(_as_float32(native[:, columns]))))

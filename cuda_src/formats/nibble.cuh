@@ -6,6 +6,14 @@
 #pragma once
 #include "ptx/types.cuh"
 
+// (word & mask) | magic in one instruction; the compiler makes two of the expression, both constants immediate.
+template <u32 mask, u32 magic>
+__device__ inline u32 lift(u32 word) {
+    u32 lifted;
+    asm("lop3.b32 %0, %1, %2, %3, 0xEA;" : "=r"(lifted) : "r"(word), "n"(mask), "n"(magic));
+    return lifted;
+}
+
 template <class T>
 struct Nibbles;
 
@@ -20,8 +28,8 @@ struct Nibbles<Float16> {
     }
     static __device__ u32 pair(int p, u32 word, const Zero& zero) {
         const u32 shifted = p < 2 ? word : word >> 8;
-        return p % 2 == 0 ? Float16::add((shifted & 0x000F000Fu) | 0x64006400u, zero.low)
-                          : Float16::fma((shifted & 0x00F000F0u) | 0x64006400u, 0x2C002C00u /* 1/16 */, zero.high);
+        return p % 2 == 0 ? Float16::add(lift<0x000F000F, 0x64006400>(shifted), zero.low)
+                          : Float16::fma(lift<0x00F000F0, 0x64006400>(shifted), 0x2C002C00u /* 1/16 */, zero.high);
     }
 };
 
@@ -35,6 +43,6 @@ struct Nibbles<BFloat16> {
         return {BFloat16::pack(-128.0f - z, -128.0f - z)};
     }
     static __device__ u32 pair(int p, u32 word, const Zero& zero) {
-        return BFloat16::add(((word >> (4 * p)) & 0x000F000Fu) | 0x43004300u, zero.low);
+        return BFloat16::add(lift<0x000F000F, 0x43004300>(word >> (4 * p)), zero.low);
     }
 };

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
+from marlin_cupy.device import namespace
 from marlin_cupy.formats.scalars import round_to
 
 Array = Any  # a NumPy or CuPy array
@@ -87,7 +88,7 @@ class Format(ABC):
         codes, params = attempt(SEARCH_GRID[0])
         if search == "absmax":
             return codes, params
-        xp = weights.__array_namespace__()
+        xp = namespace(weights)
 
         def squared_error(codes: Array, params: Params) -> Array:
             difference = self.decode(codes, params) - weights
@@ -106,6 +107,6 @@ class Format(ABC):
 
 def reciprocal(scale: Array) -> Array:
     """1 / scale, and 0 where the scale is 0 (a group of zeros)."""
-    xp = scale.__array_namespace__()
+    xp = namespace(scale)
     zero = scale == 0
     return xp.where(zero, xp.float32(0), 1 / xp.where(zero, xp.float32(1), scale))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any, ClassVar
 
+from marlin_cupy.device import namespace
 from marlin_cupy.formats.format import SCALE, ZERO_POINT, Format, Params, reciprocal
 
 Array = Any
@@ -19,18 +20,18 @@ class SymmetricInteger(Format):
 
     def fit(self, weights: Array, shrink: float) -> dict[str, Array]:
         """Absmax over half of the code range: no value is off by more than half a step."""
-        xp = weights.__array_namespace__()
+        xp = namespace(weights)
         return {SCALE: xp.max(xp.abs(weights), axis=1) * xp.float32(2 * shrink / self.max_code)}
 
     def encode(self, weights: Array, params: Params) -> Array:
         """Round to nearest even, then clamp to the code range."""
-        xp = weights.__array_namespace__()
+        xp = namespace(weights)
         steps = xp.rint(weights * reciprocal(params[SCALE])[:, None, :])
         return xp.clip(steps + self.zero_code, 0, self.max_code).astype(xp.uint8)
 
     def decode(self, codes: Array, params: Params) -> Array:
         """(code - middle) * scale in float32."""
-        xp = codes.__array_namespace__()
+        xp = namespace(codes)
         return (codes.astype(xp.float32) - xp.float32(self.zero_code)) * params[SCALE][:, None, :]
 
 
@@ -46,7 +47,7 @@ class AsymmetricInteger(Format):
 
     def fit(self, weights: Array, shrink: float) -> dict[str, Array]:
         """The range of the group, stretched to contain 0 so that the zero point is a code."""
-        xp = weights.__array_namespace__()
+        xp = namespace(weights)
         low = xp.minimum(xp.min(weights, axis=1), xp.float32(0)) * xp.float32(shrink)
         high = xp.maximum(xp.max(weights, axis=1), xp.float32(0)) * xp.float32(shrink)
         scale = (high - low) / xp.float32(self.max_code)
@@ -55,11 +56,11 @@ class AsymmetricInteger(Format):
 
     def encode(self, weights: Array, params: Params) -> Array:
         """Round to nearest even, then clamp to the code range."""
-        xp = weights.__array_namespace__()
+        xp = namespace(weights)
         steps = xp.rint(weights * reciprocal(params[SCALE])[:, None, :])
         return xp.clip(steps + params[ZERO_POINT][:, None, :], 0, self.max_code).astype(xp.uint8)
 
     def decode(self, codes: Array, params: Params) -> Array:
         """(code - zero_point) * scale in float32."""
-        xp = codes.__array_namespace__()
+        xp = namespace(codes)
         return (codes.astype(xp.float32) - params[ZERO_POINT][:, None, :]) * params[SCALE][:, None, :]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 from typing import Any
 
+from marlin_cupy.device import namespace
 from marlin_cupy.formats.format import SCALE, Format, Params, reciprocal
 from marlin_cupy.formats.registry import register
 
@@ -29,18 +30,18 @@ class NormalFloat(Format):
 
     def fit(self, weights: Array, shrink: float) -> dict[str, Array]:
         """The largest magnitude of the group."""
-        xp = weights.__array_namespace__()
+        xp = namespace(weights)
         return {SCALE: xp.max(xp.abs(weights), axis=1) * xp.float32(shrink)}
 
     def encode(self, weights: Array, params: Params) -> Array:
         """The nearest level: the number of midpoints below."""
-        xp = weights.__array_namespace__()
+        xp = namespace(weights)
         middles = xp.asarray([(a + b) / 2 for a, b in itertools.pairwise(TABLE)], dtype=xp.float32)
         return xp.searchsorted(middles, weights * reciprocal(params[SCALE])[:, None, :]).astype(xp.uint8)
 
     def decode(self, codes: Array, params: Params) -> Array:
         """Table look-up, then scale, in float32."""
-        xp = codes.__array_namespace__()
+        xp = namespace(codes)
         return xp.asarray(TABLE, dtype=xp.float32)[codes] * params[SCALE][:, None, :]
 
 

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 from typing import Any
 
+from marlin_cupy.device import namespace
+
 Array = Any  # a NumPy or CuPy array
 
 FLOAT16 = "float16"
@@ -23,7 +25,7 @@ ROUNDOFF = {FLOAT16: 2.0**-11, BFLOAT16: 2.0**-8, FLOAT32: 2.0**-24}
 
 def to_bits(values: Array, dtype: str) -> Array:
     """uint16 bits of float32 ``values`` rounded to nearest even in ``dtype`` (finite values)."""
-    xp = values.__array_namespace__()
+    xp = namespace(values)
     if dtype == FLOAT16:
         return values.astype(xp.float16).view(xp.uint16)
     bits = values.astype(xp.float32).view(xp.uint32)
@@ -33,7 +35,7 @@ def to_bits(values: Array, dtype: str) -> Array:
 
 def from_bits(bits: Array, dtype: str) -> Array:
     """float32 values of uint16 ``bits`` in ``dtype``; the inverse of :func:`to_bits`."""
-    xp = bits.__array_namespace__()
+    xp = namespace(bits)
     if dtype == FLOAT16:
         return bits.view(xp.float16).astype(xp.float32)
     return (bits.astype(xp.uint32) << 16).view(xp.float32)

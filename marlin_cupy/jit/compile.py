@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import functools
 import re
+import struct
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -48,7 +49,7 @@ def compile(source: str, arch: str) -> Build:
         except nvrtc.NVRTCError as error:
             log = nvrtc.getProgramLog(program).rstrip("\0\n ")
             raise CompileError(f"NVRTC {nvrtc_version()} cannot build for {arch}: {error}\n{log}") from error
-        log, cubin = nvrtc.getProgramLog(program), nvrtc.getCUBIN(program)
+        log, cubin = nvrtc.getProgramLog(program), _whole(nvrtc.getCUBIN(program))
     finally:
         nvrtc.destroyProgram(program)
     slow = [line for line in log.splitlines() if _SLOW.search(line)]
@@ -56,6 +57,17 @@ def compile(source: str, arch: str) -> Build:
         raise CompileError(f"the build for {arch} would be slow:\n" + "\n".join(slow))
     registers, spills = _REGISTERS.search(log), _SPILLS.findall(log)
     return Build(cubin, int(registers[1]) if registers else 0, sum(int(a) + int(b) for a, b in spills))
+
+
+def _whole(cubin: bytes) -> bytes:
+    """``cubin`` with the last byte that CuPy's binding cuts off, a zero of the last table of the ELF file.
+
+    The driver does not mind, tools that check the file do.
+    """
+    program_table, section_table = struct.unpack_from("<2Q", cubin, 32)
+    program_size, programs, section_size, sections = struct.unpack_from("<4H", cubin, 54)
+    end = max(program_table + program_size * programs, section_table + section_size * sections)
+    return cubin.ljust(end, b"\0")
 
 
 def cubin(name: str, source: str, arch: str) -> bytes:
