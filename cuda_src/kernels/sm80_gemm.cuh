@@ -44,34 +44,24 @@ struct Tile : Config {
 extern "C" __global__ void __launch_bounds__(Tile::threads, Config::blocks_per_sm) gemm(const __grid_constant__ Args args) {
     using Decoder = Codec<Activation, Scale>;
     using Packed = Layout<Decoder, GRANULE>;
-    using Stage = Pipeline<Tile, Packed>;
+    using Ring = Stage<Tile, Packed>;
     using Output = Epilogue<Tile, Activation>;
-
-    static_assert(Decoder::table_bytes + Stage::bytes + Output::bytes == SHARED_BYTES, "the host twin reserves this much");
+    constexpr int ring_bytes = Tile::stages * Ring::bytes;
+    static_assert(Decoder::table_bytes + ring_bytes + Output::bytes == SHARED_BYTES, "the host twin reserves this much");
 
     extern __shared__ __align__(128) u8 shared[];
     const u32 table = shared_address(shared);
     const u32 ring = table + Decoder::table_bytes;
-    float* const exchange = reinterpret_cast<float*>(shared + Decoder::table_bytes + Stage::bytes);
+    float* const exchange = reinterpret_cast<float*>(shared + Decoder::table_bytes + ring_bytes);
 
-    const int steps = (args.slabs_k + Stage::slabs - 1) / Stage::slabs;
+    const int steps = (args.slabs_k + Ring::slabs - 1) / Ring::slabs;
     const Stripes stripes{steps, static_cast<int>(gridDim.x), static_cast<i64>(args.tiles) * steps};
-    const i64 begin = stripes.begin(blockIdx.x), end = stripes.begin(blockIdx.x + 1);
-    const u64 policy = args.tiles_m == 1 ? policy_evict_first() : policy_evict_unchanged();
+    const i64 begin = stripes.begin(blockIdx.x);
+    int left = static_cast<int>(stripes.begin(blockIdx.x + 1) - begin);
 
-    i64 next = begin;  // the step to load next
-    int next_tile = static_cast<int>(begin / steps), next_step = static_cast<int>(begin % steps);
-    auto load = [&](int stage) {
-        if (next < end)
-            Stage::load(args, ring + stage * Stage::stage_bytes, next_tile / args.tiles_m * Stage::row_blocks,
-                        next_tile % args.tiles_m * Tile::tokens, next_step, policy);
-        copy_commit();
-        ++next;
-        if (++next_step == steps) next_step = 0, ++next_tile;
-    };
-    int tile = next_tile, step = next_step;
+    Feed<Tile, Packed, Args> feed(args, steps, begin, left);
 #pragma unroll
-    for (int stage = 0; stage < Tile::stages - 1; ++stage) load(stage);
+    for (int stage = 0; stage < Tile::stages - 1; ++stage) feed.next(ring + stage * Ring::bytes);
     Decoder::fill_table(table, threadIdx.x, Tile::threads);
 
     const int warp = threadIdx.x / WARP;
@@ -81,15 +71,16 @@ extern "C" __global__ void __launch_bounds__(Tile::threads, Config::blocks_per_s
     WarpTile<Tile, Packed, Decoder, Activation, Scale, GRANULE> work;
     work.clear();
 
-    int stage = 0;
-    for (i64 now = begin; now < end; ++now) {
+    int tile = static_cast<int>(begin / steps), step = static_cast<int>(begin % steps);
+    u32 now = ring, refill = ring + ring_bytes - Ring::bytes;
+    for (; left > 0; --left) {
         copy_wait<Tile::stages - 2>();
         __syncthreads();
-        load(stage == 0 ? Tile::stages - 1 : stage - 1);
-        work.step(ring + stage * Stage::stage_bytes, table, row_atom, token, k_atom);
-        stage = stage + 1 == Tile::stages ? 0 : stage + 1;
+        work.step(now, table, row_atom, token, k_atom, [&] { feed.next(refill); });
+        refill = now;
+        now = now + Ring::bytes == ring + ring_bytes ? ring : now + Ring::bytes;
 
-        if (++step == steps || now + 1 == end) {
+        if (++step == steps || left == 1) {
             Output::finish(args, stripes, work.sums, exchange, tile, tile / args.tiles_m * Tile::rows,
                            tile % args.tiles_m * Tile::tokens);
             work.clear();

@@ -11,73 +11,133 @@
 #include "ptx/shared_memory.cuh"
 
 template <class Tile, class Layout>
-struct Pipeline {
-    static constexpr int pair_halves = Tile::rows >= SLAB_N ? 2 : 1;           // halves copied as one piece
-    static constexpr int piece_bytes = pair_halves * Layout::half_bytes;
-    static constexpr int piece_chunks = piece_bytes / 16;
-    static constexpr int row_blocks = Tile::rows / (pair_halves * HALF_N);
+struct Stage {
+    static constexpr int piece_halves = Tile::rows >= SLAB_N ? 2 : 1;  // halves copied as one piece
+    static constexpr int pieces_per_slab = 2 / piece_halves;
+    static constexpr int piece_bytes = piece_halves * Layout::half_bytes;
+    static constexpr int row_blocks = Tile::rows / (piece_halves * HALF_N);
     static constexpr int slabs = Tile::k / SLAB_K;
     static constexpr int weight_bytes = row_blocks * slabs * piece_bytes;
     static constexpr int token_bytes = 2 * Tile::k;
-    static constexpr int token_chunks = token_bytes / 16;
-    static constexpr int stage_bytes = weight_bytes + Tile::tokens * token_bytes;
-    static constexpr int bytes = Tile::stages * stage_bytes;
+    static constexpr int bytes = weight_bytes + Tile::tokens * token_bytes;
 
-    static_assert(Tile::rows % (pair_halves * HALF_N) == 0 && Tile::k % SLAB_K == 0, "a stage is whole slabs");
+    static_assert(Tile::rows % (piece_halves * HALF_N) == 0 && Tile::k % SLAB_K == 0, "a stage is whole slabs");
 
     // Offsets in a stage.
     static __device__ constexpr int half(int half_row, int slab) {
-        return ((half_row / pair_halves) * slabs + slab) * piece_bytes + (half_row % pair_halves) * Layout::half_bytes;
+        return ((half_row / piece_halves) * slabs + slab) * piece_bytes + half_row % piece_halves * Layout::half_bytes;
     }
     static __device__ constexpr int token_chunk(int token, int chunk) {
         return weight_bytes + token * token_bytes + 16 * (chunk ^ (token % 8));
     }
+};
 
-    // Issues the copies of step `step` of the tile whose first output is row_block * (32 or 64) and first token `token`.
-    template <class Args>
-    static __device__ void load(const Args& args, u32 stage, int row_block, int token, int step, u64 policy) {
-        load_weights(args, stage, row_block, step, policy);
-        load_tokens(args, stage + weight_bytes, token, step);
+// Walks a stretch of K steps and issues their copies. A thread copies the same chunks of every stage, so that a step
+// inside the matrices costs one addition and one copy per chunk; steps at an edge go through slower loops.
+template <class Tile, class Layout, class Args>
+class Feed {
+    using S = Stage<Tile, Layout>;
+    static constexpr int piece_chunks = S::piece_bytes / 16;
+    static constexpr int weight_chunks = S::weight_bytes / 16;
+    static constexpr int weight_passes = (weight_chunks + Tile::threads - 1) / Tile::threads;
+    static constexpr int row_chunks = S::token_bytes / 16;
+    static constexpr int rows_per_pass = Tile::threads / row_chunks;
+    static constexpr int token_passes = Tile::tokens / rows_per_pass;
+    static_assert(Tile::threads % row_chunks == 0 && Tile::tokens % rows_per_pass == 0, "a pass copies whole rows");
+
+    const Args& args;
+    const int steps;        // per tile
+    int tile, step, left;   // the step that is copied next, and how many there are from it on
+    const u8* weights;      // its first slab
+    const u16* tokens;      // this thread's first chunk of it
+    int rows_left, tokens_left;
+    int weight_offset[weight_passes];
+
+public:
+    __device__ Feed(const Args& args, int steps, i64 begin, int count)
+        : args(args), steps(steps), tile(static_cast<int>(begin / steps)), step(static_cast<int>(begin % steps)), left(count) {
+#pragma unroll
+        for (int i = 0; i < weight_passes; ++i) weight_offset[i] = offset_of(static_cast<int>(threadIdx.x) + i * Tile::threads);
+        seek();
+    }
+
+    // Issues the copies of the next step, if there is one, and ends a group of them either way.
+    __device__ void next(u32 stage) {
+        if (left > 0) {
+            copy_weights(stage);
+            copy_tokens(stage + S::weight_bytes);
+            --left;
+            if (++step < steps) {
+                weights += S::slabs * Layout::slab_bytes;
+                tokens += Tile::k;
+            } else {
+                step = 0;
+                ++tile;
+                seek();
+            }
+        }
+        copy_commit();
     }
 
 private:
-    template <class Args>
-    static __device__ void load_weights(const Args& args, u32 stage, int row_block, int step, u64 policy) {
-        constexpr int chunks = row_blocks * slabs * piece_chunks;
-        constexpr int blocks_per_slab = 2 / pair_halves;
-        const int slab_row_bytes = args.slabs_k * Layout::slab_bytes;
-        const u8* tile = args.weight + static_cast<i64>(row_block / blocks_per_slab) * slab_row_bytes +
-                         (row_block % blocks_per_slab) * piece_bytes + static_cast<i64>(step) * slabs * Layout::slab_bytes;
-        const int rows_left = args.slabs_n * blocks_per_slab - row_block;
-        const int slabs_left = args.slabs_k - step * slabs;
+    __device__ int slab_row_bytes() const { return args.slabs_k * Layout::slab_bytes; }
+
+    // Offset from `weights` of a stage's chunk.
+    __device__ int offset_of(int chunk) const {
+        if (S::row_blocks == 1 && S::piece_halves == 2) return 16 * chunk;
+        const int piece = chunk / piece_chunks;
+        return piece / S::slabs * slab_row_bytes() + piece % S::slabs * Layout::slab_bytes + 16 * (chunk % piece_chunks);
+    }
+
+    __device__ void seek() {
+        const int row_block = tile / args.tiles_m * S::row_blocks, token = tile % args.tiles_m * Tile::tokens;
+        rows_left = args.slabs_n * S::pieces_per_slab - row_block;
+        tokens_left = args.M - token;
+        weights = args.weight + static_cast<i64>(row_block / S::pieces_per_slab) * slab_row_bytes() +
+                  row_block % S::pieces_per_slab * S::piece_bytes + static_cast<i64>(step) * S::slabs * Layout::slab_bytes;
+        tokens = args.x + static_cast<i64>(token + static_cast<int>(threadIdx.x) / row_chunks) * args.x_stride +
+                 step * Tile::k + 8 * (threadIdx.x % row_chunks);
+    }
+
+    __device__ void copy_weights(u32 stage) {
+        const int slabs_left = args.slabs_k - step * S::slabs;
+        if (rows_left >= S::row_blocks && slabs_left >= S::slabs) {
 #pragma unroll
-        for (int first = 0; first < chunks; first += Tile::threads) {
-            const int chunk = first + static_cast<int>(threadIdx.x);
-            if (chunks % Tile::threads != 0 && chunk >= chunks) break;
-            const int piece = chunk / piece_chunks, within = chunk % piece_chunks;
-            const int block = piece / slabs, slab = piece % slabs;
-            const bool inside = block < rows_left && slab < slabs_left;
-            const u8* source = tile + block * slab_row_bytes + slab * Layout::slab_bytes + 16 * within;
-            copy_async(stage + 16 * chunk, inside ? source : args.weight, inside ? 16 : 0, policy);
+            for (int i = 0; i < weight_passes; ++i) {
+                const int chunk = static_cast<int>(threadIdx.x) + i * Tile::threads;
+                if (weight_chunks % Tile::threads == 0 || i + 1 < weight_passes || chunk < weight_chunks)
+                    copy_async(stage + 16 * chunk, weights + weight_offset[i], 16);
+            }
+            return;
+        }
+#pragma unroll 1
+        for (int chunk = threadIdx.x; chunk < weight_chunks; chunk += Tile::threads) {
+            const int piece = chunk / piece_chunks;
+            const bool inside = piece / S::slabs < rows_left && piece % S::slabs < slabs_left;
+            copy_async(stage + 16 * chunk, inside ? weights + offset_of(chunk) : args.weight, inside ? 16 : 0);
         }
     }
 
-    template <class Args>
-    static __device__ void load_tokens(const Args& args, u32 stage, int token, int step) {
-        constexpr int chunks = Tile::tokens * token_chunks;
-        const int tokens_left = args.M - token;
-        const int k = step * Tile::k;
+    __device__ void copy_tokens(u32 target) {
+        const int first = threadIdx.x / row_chunks, within = threadIdx.x % row_chunks;
+        const int k = step * Tile::k + 8 * within;
+        if (args.x_vector && (step + 1) * Tile::k <= args.K) {
 #pragma unroll
-        for (int first = 0; first < chunks; first += Tile::threads) {
-            const int chunk = first + static_cast<int>(threadIdx.x);
-            const int row = chunk / token_chunks, within = chunk % token_chunks;
-            if (row >= tokens_left || row >= Tile::tokens) break;
-            const u32 target = stage + row * token_bytes + 16 * (within ^ (row % 8));
-            const int left = args.K - (k + 8 * within);
-            const int valid = left <= 0 ? 0 : left >= 8 ? 8 : left;
-            const u16* source = args.x + static_cast<i64>(token + row) * args.x_stride + (valid ? k + 8 * within : 0);
+            for (int i = 0; i < token_passes; ++i) {
+                const int row = first + i * rows_per_pass;
+                if (row < tokens_left)
+                    copy_async(target + row * S::token_bytes + 16 * (within ^ (row % 8)),
+                               tokens + i * rows_per_pass * args.x_stride, 16);
+            }
+            return;
+        }
+        const int valid = k >= args.K ? 0 : args.K - k >= 8 ? 8 : args.K - k;
+#pragma unroll 1
+        for (int row = first; row < Tile::tokens && row < tokens_left; row += rows_per_pass) {
+            const u32 shared = target + row * S::token_bytes + 16 * (within ^ (row % 8));
+            const u16* source = tokens + (row - first) * args.x_stride;
             if (args.x_vector) {
-                copy_async(target, source, 2 * valid);
+                copy_async(shared, valid ? source : args.x, 2 * valid);
             } else {  // rows that do not start at a multiple of 16 bytes
                 Vec4 v;
 #pragma unroll
@@ -85,7 +145,7 @@ private:
                     const u32 low = 2 * i < valid ? source[2 * i] : 0, high = 2 * i + 1 < valid ? source[2 * i + 1] : 0;
                     v.word[i] = low | high << 16;
                 }
-                store_shared_vec4(target, v);
+                store_shared_vec4(shared, v);
             }
         }
     }

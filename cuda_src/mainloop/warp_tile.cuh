@@ -13,7 +13,7 @@ template <class Tile, class Layout, class Codec, class T, class S, int granule>
 struct WarpTile {
     static constexpr int row_atoms = Tile::row_atoms;
     static constexpr int token_tiles = Tile::token_tiles;
-    using Stage = Pipeline<Tile, Layout>;
+    using Place = Stage<Tile, Layout>;
 
     float sums[row_atoms][token_tiles][4];
 
@@ -24,8 +24,10 @@ struct WarpTile {
             for (int t = 0; t < token_tiles; ++t) clear(sums[r][t]);
     }
 
-    // `row_atom`, `token`, `k_atom`: where this warp's share starts in the tile.
-    __device__ void step(u32 stage, u32 table, int row_atom, int token, int k_atom) {
+    // `row_atom`, `token`, `k_atom`: where this warp's share starts in the tile. `meanwhile` is called once while the
+    // first products are under way.
+    template <class Meanwhile>
+    __device__ void step(u32 stage, u32 table, int row_atom, int token, int k_atom, Meanwhile meanwhile) {
         constexpr int granule_atoms = granule / 16;
         const int lane = threadIdx.x % WARP;
         float partial[row_atoms][token_tiles][4];
@@ -64,6 +66,7 @@ struct WarpTile {
                 }
             }
 
+            if (a == 0) meanwhile();
             if (closes) {
 #pragma unroll
                 for (int r = 0; r < row_atoms; ++r) {
@@ -85,7 +88,7 @@ private:
     }
 
     static __device__ u32 half_of(u32 stage, int row_atom, int atom) {
-        return stage + Stage::half(row_atom / 2, atom / (SLAB_K / 16));
+        return stage + Place::half(row_atom / 2, atom / (SLAB_K / 16));
     }
 
     static __device__ u32 param(u32 stage, int index, int row_atom, int atom, int lane) {
@@ -100,7 +103,7 @@ private:
         for (int t = 0; t < token_tiles; t += 2) {
             // A lone tile is loaded twice: the second half of the lanes must name valid rows.
             const int tile = token_tiles == 1 ? 0 : t + matrix / 2;
-            const Vec4 v = load_matrix_x4(stage + Stage::token_chunk(token + 8 * tile + row, 2 * atom + matrix % 2));
+            const Vec4 v = load_matrix_x4(stage + Place::token_chunk(token + 8 * tile + row, 2 * atom + matrix % 2));
             b[t][0] = v.word[0];
             b[t][1] = v.word[1];
             if (token_tiles > 1) {
