@@ -32,6 +32,20 @@ _PACKAGES = [
 _ARCH_SPECIFIC = 90
 
 
+#: Shared memory per SM (CUDA C++ Programming Guide, technical specifications) and a usual number of SMs.
+_SHARED_OF_ARCH = {
+    "80": (164 << 10, 108),
+    "86": (100 << 10, 84),
+    "87": (164 << 10, 16),
+    "89": (100 << 10, 128),
+    "90": (228 << 10, 132),
+    "100": (228 << 10, 148),
+    "103": (228 << 10, 148),
+    "120": (100 << 10, 170),
+    "121": (100 << 10, 48),
+}
+
+
 @dataclass(frozen=True)
 class Device:
     """Where memory is: ``Device("cpu")`` or ``Device("cuda", 0)``."""
@@ -48,7 +62,7 @@ class Device:
         if isinstance(device, Device):
             return device
         kind, _, index = str(device).partition(":")
-        if kind not in ("cpu", "cuda") or (index and not index.isdigit()):
+        if kind not in ("cpu", "cuda") or (index and (kind == "cpu" or not index.isdecimal())):
             raise ValueError(f'device is {device!r}; use "cpu", "cuda" or "cuda:N".')
         return Device(kind, int(index or 0))
 
@@ -99,6 +113,15 @@ def arch_of(major: int, minor: int) -> str:
     """The architecture name that NVRTC takes for a compute capability: (8, 0) is "sm_80", (9, 0) "sm_90a"."""
     number = 10 * major + minor
     return f"sm_{number}a" if number >= _ARCH_SPECIFIC else f"sm_{number}"
+
+
+def gpu_of_arch(arch: str) -> Gpu:
+    """The facts about a typical GPU of an architecture, for compiling without one; ValueError for unknown ones."""
+    number = arch.removeprefix("sm_").rstrip("af")
+    if number not in _SHARED_OF_ARCH:
+        raise ValueError(f"arch is {arch!r}; known architectures are {', '.join(f'sm_{n}' for n in _SHARED_OF_ARCH)}.")
+    shared_per_sm, sm_count = _SHARED_OF_ARCH[number]
+    return Gpu(-1, f"any {arch}", arch, sm_count, shared_per_sm - 1024, shared_per_sm, 0)
 
 
 @functools.cache

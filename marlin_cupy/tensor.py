@@ -358,14 +358,14 @@ def load(path: str | os.PathLike[str], device: str | Device = "cpu") -> Quantize
         with safetensors.safe_open(path, framework="numpy") as file:
             metadata, names = file.metadata() or {}, list(file.keys())
             packed = file.get_tensor("packed") if "packed" in names else None
-    except (safetensors.SafetensorError, OSError, ValueError) as error:
+    except (safetensors.SafetensorError, OSError, ValueError, TypeError, AttributeError) as error:
         raise FileFormatError(f"{path} is not a readable safetensors file ({error}); save it again.") from error
     if _METADATA_KEY not in metadata or packed is None:
         raise FileFormatError(f"{path} holds no marlin_cupy weight; QuantizedTensor.save writes such files.")
     try:
         found = json.loads(metadata[_METADATA_KEY])
         version = int(found["version"])
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, OverflowError) as error:
         raise FileFormatError(f"{path} has damaged metadata ({error!r}); save it again.") from error
     if version > FILE_VERSION:
         raise FileFormatError(f"{path} has version {version}; this marlin_cupy reads up to {FILE_VERSION}, upgrade it.")
@@ -379,7 +379,7 @@ def load(path: str | os.PathLike[str], device: str | Device = "cpu") -> Quantize
             raise ValueError(f"packed is {packed.dtype}{packed.shape} for a weight of shape {spec.shape}")
         if found != _description(spec, packed):
             raise ValueError("the checksum does not match the contents")
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, OverflowError) as error:
         raise FileFormatError(f"{path} does not hold what it says: {error}; save it again.") from error
     return QuantizedTensor(spec, packed).to(Device.parse(device))
 
@@ -412,7 +412,7 @@ def _encode(weight: Any, spec: Spec, search: str, packed: Any) -> None:
 def _grouped(columns: Any, layout: Layout, fill: int) -> Any:
     """(K, n) -> (groups, group_size, n), the last group filled up."""
     xp = namespace(columns)
-    size = layout.K if layout.group_size == -1 else layout.group_size
+    size = layout.K if layout.groups == 1 else layout.group_size
     missing = layout.groups * size - layout.K
     if missing:
         tail = xp.full((missing, columns.shape[1]), fill, dtype=columns.dtype)

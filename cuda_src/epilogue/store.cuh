@@ -14,6 +14,7 @@ struct Epilogue {
     static constexpr int bytes = Tile::warps_k * tokens * pitch * 4;
     static constexpr int quads = Tile::rows / 4;
     static constexpr int tile_floats = Tile::tokens * Tile::rows;
+    static constexpr int batch = 4;  // loads that a thread has under way while it adds up partial tiles
 
     // Sums over the K warps, 8 tokens of each warp column at a time; sink(token in tile, first row in tile, 4 sums).
     template <class Sums, class Sink>
@@ -69,14 +70,26 @@ struct Epilogue {
         __syncthreads();
         if (arrived != static_cast<u32>(last - first)) return;
         __threadfence();
-        const int valid = tokens_left < Tile::tokens ? tokens_left : Tile::tokens;
-        for (int i = threadIdx.x; i < valid * quads; i += Tile::threads) {
-            float4 sum = {0.0f, 0.0f, 0.0f, 0.0f};
+        const int valid = (tokens_left < Tile::tokens ? tokens_left : Tile::tokens) * quads;
+#pragma unroll 1
+        for (int base = threadIdx.x; base < valid; base += batch * Tile::threads) {
+            float4 sum[batch] = {};
+#pragma unroll 1
             for (int block = first; block <= last; ++block) {
                 const float* other = args.partials + static_cast<i64>(stripes.slot(block, tile)) * tile_floats;
-                add(sum, load_global_l2(reinterpret_cast<const float4*>(other + 4 * i)));
+                float4 next[batch];
+#pragma unroll
+                for (int j = 0; j < batch; ++j)
+                    if (base + j * Tile::threads < valid)
+                        next[j] = load_global_l2(reinterpret_cast<const float4*>(other) + base + j * Tile::threads);
+#pragma unroll
+                for (int j = 0; j < batch; ++j) add(sum[j], next[j]);
             }
-            store(args, token + i / quads, row + i % quads * 4, sum);
+#pragma unroll
+            for (int j = 0; j < batch; ++j) {
+                const int i = base + j * Tile::threads;
+                if (i < valid) store(args, token + i / quads, row + i % quads * 4, sum[j]);
+            }
         }
     }
 

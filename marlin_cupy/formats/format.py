@@ -106,7 +106,7 @@ class Format(ABC):
 
 
 def reciprocal(scale: Array) -> Array:
-    """1 / scale, and 0 where the scale is 0 (a group of zeros)."""
+    """1 / scale, and 0 where the scale is 0 (a group of zeros) or so small that 1 / scale is infinite."""
     xp = namespace(scale)
-    zero = scale == 0
+    zero = xp.abs(scale) < xp.float32(2.0**-126)
     return xp.where(zero, xp.float32(0), 1 / xp.where(zero, xp.float32(1), scale))

@@ -50,7 +50,7 @@ class AsymmetricInteger(Format):
         xp = namespace(weights)
         low = xp.minimum(xp.min(weights, axis=1), xp.float32(0)) * xp.float32(shrink)
         high = xp.maximum(xp.max(weights, axis=1), xp.float32(0)) * xp.float32(shrink)
-        scale = (high - low) / xp.float32(self.max_code)
+        scale = high / xp.float32(self.max_code) - low / xp.float32(self.max_code)  # high - low may overflow
         zero_point = xp.clip(xp.rint(-low * reciprocal(scale)), 0, self.max_code)
         return {SCALE: scale, ZERO_POINT: zero_point}
 

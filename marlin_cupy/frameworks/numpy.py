@@ -24,8 +24,8 @@ class NumpyFramework(Framework):
         return str(array.dtype.name)
 
     def to_native(self, array: Any) -> Any:
-        """The array itself."""
-        return array
+        """The array itself, without what a subclass adds."""
+        return numpy.asarray(array)
 
     def from_native(self, native: Any) -> Any:
         """A NumPy array itself; a CuPy array is copied to host memory."""

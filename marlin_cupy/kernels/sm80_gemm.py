@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import struct
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,6 +22,7 @@ _MIN_ARCH = 80
 _ARGS = struct.Struct("=6Q2q9i4x")
 _ARGUMENTS = launch.ArgumentBlock(_ARGS.size)
 _WARP = 32
+_RESERVED_SHARED = 1024  # the driver's share of each block
 
 
 @dataclass(frozen=True)
@@ -75,13 +77,53 @@ class Config:
         return f"{self.rows} x {self.tokens} tile, K step {self.k}, {self.stages} stages, {self.threads} threads"
 
 
-#: Per largest M served: configurations from most to least shared memory.
-CONFIGS: dict[int, tuple[Config, ...]] = {
-    8: (Config(4, 1, 1, 1, 8, 4, 4, 2), Config(4, 1, 1, 1, 8, 4, 2, 1)),
-    16: (Config(4, 2, 1, 1, 8, 4, 3, 2), Config(4, 2, 1, 1, 8, 4, 2, 1)),
-    32: (Config(2, 4, 4, 1, 2, 4, 4, 2), Config(2, 4, 4, 1, 2, 4, 2, 1)),
-    64: (Config(2, 8, 4, 1, 2, 4, 4, 1), Config(2, 8, 4, 1, 2, 4, 2, 1)),
+@dataclass(frozen=True)
+class Candidate:
+    """A configuration and its measured speed where it has all the work it wants.
+
+    ``slab_ns`` is the time one SM takes per slab (64 x 128 weights) of a large layer: K=8192, N=57344, int4,
+    group_size=128, float16, on an H200 (``python -m marlin_cupy.bench.configs``).
+    """
+
+    config: Config
+    slab_ns: float
+
+
+#: Per largest M served (the last serves every larger M, in several token tiles): what to choose from.
+CANDIDATES: dict[int, tuple[Candidate, ...]] = {
+    8: (
+        Candidate(Config(4, 1, 2, 1, 2, 8, 4, 2), 152),
+        Candidate(Config(4, 1, 1, 1, 4, 8, 4, 2), 155),
+        Candidate(Config(2, 1, 1, 1, 8, 8, 3, 2), 190),
+    ),
+    16: (
+        Candidate(Config(4, 2, 2, 1, 2, 8, 4, 2), 200),
+        Candidate(Config(4, 2, 1, 1, 4, 8, 3, 2), 200),
+        Candidate(Config(2, 2, 1, 1, 8, 8, 2, 2), 240),
+    ),
+    32: (
+        Candidate(Config(4, 4, 2, 1, 2, 8, 3, 2), 280),
+        Candidate(Config(2, 4, 2, 1, 4, 8, 2, 1), 330),
+        Candidate(Config(2, 4, 4, 1, 1, 8, 4, 3), 376),
+    ),
+    64: (
+        Candidate(Config(2, 8, 8, 1, 1, 8, 4, 1), 504),
+        Candidate(Config(2, 8, 4, 1, 2, 8, 3, 1), 517),
+        Candidate(Config(2, 8, 4, 1, 1, 8, 4, 2), 523),
+        Candidate(Config(2, 8, 2, 1, 4, 4, 3, 1), 680),
+    ),
 }
+
+#: What a launch pays when blocks share tiles: partial tiles written, counted and added up by one block.
+_EXCHANGE_US = 2.3
+_SHARE_US = 0.35
+_EXCHANGE_BYTES_PER_US = 80e3
+#: What each further wave of blocks pays to fill its pipeline.
+_WAVE_US = 1.5
+#: The share of the GPU's block slots that is enough to keep its memory busy.
+_ENOUGH_SLOTS = 0.8
+#: A block should have a few steps to fill its pipeline with.
+_MIN_STEPS = 2
 
 
 def kernel_source(spec: Spec, dtype: str, config: Config) -> str:
@@ -107,25 +149,66 @@ def kernel_name(spec: Spec, dtype: str) -> str:
     return f"sm80_gemm-{spec.format}-g{spec.layout.granule}-{dtype}"
 
 
-def choose_config(problem_m: int, layout: Layout, gpu: Gpu) -> Config:
-    """The configuration for M rows: by the smallest token tile that covers M, then what shared memory allows."""
-    largest_m = next((m for m in CONFIGS if problem_m <= m), max(CONFIGS))
-    for config in CONFIGS[largest_m]:
-        if config.shared_bytes(layout) <= gpu.shared_per_block:
-            return config
-    raise ValueError(f"no configuration fits {gpu.shared_per_block} bytes of shared memory on {gpu.name}.")
+def fitted(config: Config, layout: Layout, gpu: Gpu) -> Config | None:
+    """``config`` with as many resident blocks and stages as shared memory holds; None if two stages do not fit."""
+    for blocks in range(config.blocks_per_sm, 0, -1):
+        budget = min(gpu.shared_per_block, gpu.shared_per_sm // blocks - _RESERVED_SHARED)
+        for stages in range(config.stages, 1, -1):
+            smaller = dataclasses.replace(config, blocks_per_sm=blocks, stages=stages)
+            if smaller.shared_bytes(layout) <= budget:
+                return smaller
+    return None
 
 
-def choose_blocks(tiles: int, steps: int, slots: int) -> int:
-    """How many blocks share ``tiles`` of ``steps``: whole shares of a tile where they fill the GPU, stripes else."""
-    total = tiles * steps
-    if total <= slots or tiles > launch.MAX_COUNTERS:
-        return min(total, slots) if tiles <= launch.MAX_COUNTERS else tiles
-    if tiles <= slots:
-        split = min(slots // tiles, steps)
-        if split * tiles >= 0.85 * slots:
-            return split * tiles
-    return slots
+def candidates(m: int, layout: Layout, gpu: Gpu) -> list[Candidate]:
+    """The configurations for M rows that fit on ``gpu``."""
+    largest_m = next((size for size in CANDIDATES if m <= size), max(CANDIDATES))
+    all_fitted = [(fitted(each.config, layout, gpu), each.slab_ns) for each in CANDIDATES[largest_m]]
+    return [Candidate(config, slab_ns) for config, slab_ns in all_fitted if config is not None]
+
+
+@dataclass(frozen=True)
+class Grid:
+    """How many blocks share how many tiles of how many K steps, and the time that is expected of it."""
+
+    blocks: int
+    tiles: int
+    tiles_m: int
+    steps: int
+    predicted_us: float
+
+    @property
+    def is_cut(self) -> bool:
+        """Whether some tile is computed by several blocks."""
+        return self.tiles % self.blocks != 0
+
+
+def choose_grid(candidate: Candidate, m: int, layout: Layout, gpu: Gpu) -> Grid:
+    """The best number of blocks: one per tile, whole shares of a tile, or stripes over all block slots."""
+    config = candidate.config
+    slabs_n, slabs_k, _ = layout.packed_shape
+    tiles_m = -(-m // config.tokens)
+    tiles = tiles_m * -(-slabs_n * SLAB_N // config.rows)
+    steps = -(-slabs_k * SLAB_K // config.k)
+    slots = gpu.sm_count * config.blocks_per_sm
+    busy_us = tiles_m * slabs_n * slabs_k * candidate.slab_ns / gpu.sm_count / 1000
+
+    def grid(blocks: int) -> Grid:
+        waves = -(-blocks // slots)
+        fill = min(1.0, blocks / (slots * _ENOUGH_SLOTS)) if waves == 1 else blocks / (waves * slots)
+        predicted_us = busy_us / fill + (waves - 1) * _WAVE_US
+        if tiles % blocks:
+            shares = max(2, -(-blocks // tiles))
+            part_bytes = config.rows * min(m, config.tokens) * 4
+            predicted_us += _EXCHANGE_US + shares * (_SHARE_US + part_bytes / _EXCHANGE_BYTES_PER_US)
+        return Grid(blocks, tiles, tiles_m, steps, predicted_us)
+
+    options = [grid(tiles)]
+    if tiles <= launch.MAX_COUNTERS:
+        most = min(slots // tiles, steps // _MIN_STEPS)
+        options += [grid(tiles * share) for share in range(2, most + 1)]
+        options += [grid(slots)] if tiles * steps >= _MIN_STEPS * slots else []
+    return min(options, key=lambda option: option.predicted_us)
 
 
 @dataclass(frozen=True)
@@ -134,37 +217,29 @@ class Sm80Plan(Plan):
 
     function: launch.Function
     config: Config
+    grid: Grid
     m: int
-    blocks: int
-    tiles: int
-    tiles_m: int
-    partial_floats: int  # 0: no tile is cut, no exchange
 
     @staticmethod
-    def make(config: Config, problem: Problem) -> Sm80Plan:
-        """Compile and load ``config`` for ``problem``, and share its tiles out."""
+    def make(candidate: Candidate, problem: Problem) -> Sm80Plan:
+        """Compile and load a candidate for ``problem``, and share its tiles out."""
         assert problem.gpu is not None
-        spec, layout = problem.spec, problem.spec.layout
+        spec, config = problem.spec, candidate.config
         function = launch.load(
             kernel_name(spec, problem.dtype),
             kernel_source(spec, problem.dtype, config),
             problem.gpu.arch,
             problem.gpu.index,
             "gemm",
-            config.shared_bytes(layout),
+            config.shared_bytes(spec.layout),
         )
-        slabs_n, slabs_k, _ = layout.packed_shape
-        tiles_m = -(-problem.M // config.tokens)
-        tiles = tiles_m * -(-slabs_n * SLAB_N // config.rows)
-        steps = -(-slabs_k * SLAB_K // config.k)
-        blocks = choose_blocks(tiles, steps, problem.gpu.sm_count * function.blocks_per_sm(config.threads))
-        whole = tiles % blocks == 0
-        partials = 0 if whole else 2 * blocks * config.rows * config.tokens
-        return Sm80Plan(function, config, problem.M, blocks, tiles, tiles_m, partials)
+        return Sm80Plan(
+            function, config, choose_grid(candidate, max(problem.M, 1), spec.layout, problem.gpu), problem.M
+        )
 
     def __str__(self) -> str:
-        exchange = "partial tiles are added in block order" if self.partial_floats else "no tile is cut"
-        return f"{self.config}; {self.blocks} blocks over {self.tiles} tiles, {exchange}"
+        exchange = "partial tiles are added in block order" if self.grid.is_cut else "no tile is cut"
+        return f"{self.config}; {self.grid.blocks} blocks over {self.grid.tiles} tiles, {exchange}"
 
     def multiply(self, framework: Framework, x: Any, w: QuantizedTensor, bias: Any | None, out: Any | None) -> Any:
         """Enqueue on the current stream of ``framework``."""
@@ -178,10 +253,11 @@ class Sm80Plan(Plan):
         x_stride, y_stride = framework.strides(x_rows)[0], framework.strides(y_rows)[0]
         stream = framework.stream(w.device)
         partials, counters = 0, 0
-        if self.partial_floats:
-            scratch = framework.empty((self.partial_floats,), "float32", w.device)
+        if self.grid.is_cut:
+            floats = 2 * self.grid.blocks * self.config.rows * self.config.tokens
+            scratch = framework.empty((floats,), "float32", w.device)
             partials = framework.pointer(scratch)
-            counters = launch.counters(w.device.index).address(stream, self.tiles)
+            counters = launch.counters(w.device.index).address(stream, self.grid.tiles)
         slabs_n, slabs_k, _ = w.layout.packed_shape
         _ARGS.pack_into(
             _ARGUMENTS.data,
@@ -199,12 +275,12 @@ class Sm80Plan(Plan):
             K,
             slabs_n,
             slabs_k,
-            self.tiles_m,
-            self.tiles,
+            self.grid.tiles_m,
+            self.grid.tiles,
             x_pointer % 16 == 0 and x_stride % 8 == 0,
             y_pointer % 8 == 0 and y_stride % 4 == 0,
         )
-        self.function.launch(self.blocks, self.config.threads, stream, _ARGUMENTS)
+        self.function.launch(self.grid.blocks, self.config.threads, stream, _ARGUMENTS)
         return y
 
 
@@ -224,9 +300,20 @@ class Sm80Gemm(Kernel):
         return None
 
     def plan(self, problem: Problem) -> Plan:
-        """By the number of rows; see choose_config."""
+        """The candidate with the least predicted time."""
         assert problem.gpu is not None
-        return Sm80Plan.make(choose_config(problem.M, problem.spec.layout, problem.gpu), problem)
+        m, layout, gpu = max(problem.M, 1), problem.spec.layout, problem.gpu
+        best = min(
+            candidates(m, layout, gpu), key=lambda candidate: choose_grid(candidate, m, layout, gpu).predicted_us
+        )
+        return Sm80Plan.make(best, problem)
+
+
+def variants(spec: Spec, dtype: str, gpu: Gpu) -> Iterator[tuple[str, str]]:
+    """(name, source) of every kernel that ``spec`` can need on ``gpu``, for compiling ahead."""
+    for m in CANDIDATES:
+        for candidate in candidates(m, spec.layout, gpu):
+            yield kernel_name(spec, dtype), kernel_source(spec, dtype, candidate.config)
 
 
 KERNEL = Sm80Gemm()
