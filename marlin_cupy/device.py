@@ -64,10 +64,16 @@ class Device:
         kind, _, index = str(device).partition(":")
         if kind not in ("cpu", "cuda") or (index and (kind == "cpu" or not index.isdecimal())):
             raise ValueError(f'device is {device!r}; use "cpu", "cuda" or "cuda:N".')
-        return Device(kind, int(index or 0))
+        return CPU if kind == "cpu" else cuda(int(index or 0))
 
 
 CPU = Device("cpu")
+
+
+@functools.cache
+def cuda(index: int) -> Device:
+    """The GPU of that index; always the same object, which makes it cheap to compare."""
+    return Device("cuda", index)
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ import ml_dtypes
 import numpy
 from cupy.cuda import get_current_stream
 
-from marlin_cupy.device import Device
+from marlin_cupy.device import Device, cuda
 from marlin_cupy.frameworks.framework import StreamFramework
 
 _DTYPES = {"bfloat16": numpy.dtype(ml_dtypes.bfloat16)}
@@ -22,7 +22,7 @@ class CupyFramework(StreamFramework):
 
     def device(self, array: Any) -> Device:
         """The GPU that holds the array."""
-        return Device("cuda", array.device.id)
+        return cuda(array.device.id)
 
     def dtype(self, array: Any) -> str:
         """Name of the NumPy or ml_dtypes type."""

@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy
 
-from marlin_cupy.device import CPU, Device, import_cupy
+from marlin_cupy.device import CPU, Device, cuda, import_cupy
 from marlin_cupy.errors import DeviceError
 from marlin_cupy.frameworks.framework import Framework
 
@@ -26,7 +26,7 @@ class DlpackFramework(Framework):
         if int(kind) in _HOST:
             return CPU
         if int(kind) in _CUDA:
-            return Device("cuda", int(index))
+            return cuda(int(index))
         raise DeviceError(
             f"a {type(array).__name__} is on DLPack device {int(kind)}; host and CUDA memory can be used."
         )

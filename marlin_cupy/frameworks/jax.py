@@ -7,7 +7,7 @@ from typing import Any
 import jax
 import numpy
 
-from marlin_cupy.device import CPU, Device, import_cupy
+from marlin_cupy.device import CPU, Device, cuda, import_cupy
 from marlin_cupy.errors import DeviceError, UnsupportedError
 from marlin_cupy.frameworks.framework import Framework
 
@@ -33,7 +33,7 @@ class JaxFramework(Framework):
             return CPU
         if device.platform != "gpu":
             raise DeviceError(f"a JAX array is on platform {device.platform}; arrays on cpu and gpu can be used.")
-        return Device("cuda", device.local_hardware_id)
+        return cuda(device.local_hardware_id)
 
     def dtype(self, array: Any) -> str:
         """Name of the NumPy or ml_dtypes type."""

@@ -2,19 +2,25 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import ml_dtypes
 import numpy
 import torch
 
-from marlin_cupy.device import CPU, Device, import_cupy
+from marlin_cupy.device import CPU, Device, cuda, import_cupy
 from marlin_cupy.errors import DeviceError
 from marlin_cupy.frameworks.framework import StreamFramework
 
 _NAMES = {torch.float16: "float16", torch.bfloat16: "bfloat16"}
 _DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "uint8": torch.uint8, "float32": torch.float32}
 _BFLOAT16 = numpy.dtype(ml_dtypes.bfloat16)
+
+
+@functools.cache
+def _device(index: int) -> torch.device:
+    return torch.device("cuda", index)
 
 
 def _raw_stream_query() -> Any:
@@ -33,11 +39,10 @@ class TorchFramework(StreamFramework):
 
     def device(self, array: Any) -> Device:
         """CPU or the CUDA GPU; DeviceError for any other backend."""
-        device = array.device
-        if device.type == "cuda":
-            return Device("cuda", device.index)
-        if device.type != "cpu":
-            raise DeviceError(f"a PyTorch tensor is on {device}; tensors on cpu and cuda can be used.")
+        if array.is_cuda:
+            return cuda(array.get_device())
+        if array.device.type != "cpu":
+            raise DeviceError(f"a PyTorch tensor is on {array.device}; tensors on cpu and cuda can be used.")
         return CPU
 
     def dtype(self, array: Any) -> str:
@@ -47,7 +52,7 @@ class TorchFramework(StreamFramework):
     def to_native(self, array: Any) -> Any:
         """A NumPy or CuPy array over the tensor's memory."""
         array = array.detach()
-        if array.device.type == "cuda":
+        if array.is_cuda:
             return import_cupy("a PyTorch tensor on a GPU").from_dlpack(array)
         if array.dtype == torch.bfloat16:  # PyTorch's own numpy() has no bfloat16
             return array.view(torch.int16).numpy().view(_BFLOAT16)
@@ -71,7 +76,7 @@ class TorchFramework(StreamFramework):
 
     def empty(self, shape: tuple[int, ...], dtype: str, device: Device) -> Any:
         """From PyTorch's caching allocator (from the graph's pool while capturing)."""
-        return torch.empty(shape, dtype=_DTYPES[dtype], device=f"cuda:{device.index}")
+        return torch.empty(shape, dtype=_DTYPES[dtype], device=_device(device.index))
 
     def stream(self, device: Device) -> int:
         """PyTorch's current stream on that GPU."""

@@ -92,25 +92,25 @@ class Candidate:
 #: Per largest M served (the last serves every larger M, in several token tiles): what to choose from.
 CANDIDATES: dict[int, tuple[Candidate, ...]] = {
     8: (
-        Candidate(Config(4, 1, 2, 1, 2, 8, 4, 2), 152),
-        Candidate(Config(4, 1, 1, 1, 4, 8, 4, 2), 155),
-        Candidate(Config(2, 1, 1, 1, 8, 8, 3, 2), 190),
+        Candidate(Config(4, 1, 2, 1, 2, 8, 4, 2), 166),
+        Candidate(Config(4, 1, 1, 1, 4, 8, 4, 2), 178),
+        Candidate(Config(2, 1, 1, 1, 8, 8, 3, 2), 208),
     ),
     16: (
-        Candidate(Config(4, 2, 2, 1, 2, 8, 4, 2), 200),
-        Candidate(Config(4, 2, 1, 1, 4, 8, 3, 2), 200),
-        Candidate(Config(2, 2, 1, 1, 8, 8, 2, 2), 240),
+        Candidate(Config(4, 2, 2, 1, 2, 8, 4, 2), 205),
+        Candidate(Config(4, 2, 1, 1, 4, 8, 3, 2), 220),
+        Candidate(Config(2, 2, 1, 1, 8, 8, 2, 2), 278),
     ),
     32: (
-        Candidate(Config(4, 4, 2, 1, 2, 8, 3, 2), 280),
-        Candidate(Config(2, 4, 2, 1, 4, 8, 2, 1), 330),
-        Candidate(Config(2, 4, 4, 1, 1, 8, 4, 3), 376),
+        Candidate(Config(4, 4, 2, 1, 2, 8, 3, 2), 283),
+        Candidate(Config(2, 4, 4, 1, 1, 8, 4, 3), 350),
+        Candidate(Config(2, 4, 2, 1, 4, 8, 2, 1), 350),
     ),
     64: (
-        Candidate(Config(2, 8, 8, 1, 1, 8, 4, 1), 504),
-        Candidate(Config(2, 8, 4, 1, 2, 8, 3, 1), 517),
-        Candidate(Config(2, 8, 4, 1, 1, 8, 4, 2), 523),
-        Candidate(Config(2, 8, 2, 1, 4, 4, 3, 1), 680),
+        Candidate(Config(2, 8, 4, 1, 1, 8, 4, 2), 486),
+        Candidate(Config(2, 8, 4, 1, 2, 8, 3, 1), 494),
+        Candidate(Config(2, 8, 8, 1, 1, 8, 4, 1), 497),
+        Candidate(Config(2, 8, 2, 1, 4, 4, 3, 1), 665),
     ),
 }
 
