@@ -40,6 +40,7 @@ def matmul(x: Array, w: QuantizedTensor, bias: Array | None = None, out: Array |
     if not isinstance(w, QuantizedTensor):
         raise TypeError(f"w is a {type(w).__name__}; pass a QuantizedTensor, from quantize, pack or load.")
     framework = frameworks.of(x)
+    framework.refuse_gradient(x, "x")
     device = framework.device(x)
     dtype = framework.dtype(x)
     if dtype not in HALF_DTYPES:
@@ -158,6 +159,7 @@ def _check(framework: Framework, array: Array, role: str, shape: tuple[int, ...]
     theirs = frameworks.of(array, role)
     if theirs is not framework:
         raise TypeError(f"{role} is a {theirs.name} array and x a {framework.name} array; use one library.")
+    theirs.refuse_gradient(array, role)
     if tuple(array.shape) != shape or theirs.dtype(array) != dtype:
         raise ValueError(f"{role} is {theirs.dtype(array)}{tuple(array.shape)}; it must be {dtype}{shape}, as x.")
     if theirs.device(array) != device:

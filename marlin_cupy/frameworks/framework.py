@@ -27,6 +27,10 @@ class Framework(ABC):
     def dtype(self, array: Array) -> str:
         """Name of the element type, as NumPy and ml_dtypes spell it: "float16", "bfloat16", ..."""
 
+    def refuse_gradient(self, array: Array, role: str) -> None:
+        """UnsupportedError if automatic differentiation follows ``array``, whose gradient would be lost here."""
+        return None
+
     @abstractmethod
     def to_native(self, array: Array) -> Native:
         """The same memory as a NumPy or CuPy array, ordered after pending work on it."""

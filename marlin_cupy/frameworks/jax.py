@@ -19,11 +19,11 @@ class JaxFramework(Framework):
     writable = False
 
     def device(self, array: Any) -> Device:
-        """CPU or the CUDA GPU; an error for traced, sharded and other arrays."""
+        """CPU or the CUDA GPU; UnsupportedError for traced arrays, DeviceError for sharded and other ones."""
         if isinstance(array, jax.core.Tracer):
             raise UnsupportedError(
-                "x is traced by jax.jit, grad or vmap, and marlin_cupy works on concrete JAX arrays only so far; "
-                "call matmul outside the transformed function."
+                "a JAX array is traced by jax.jit, grad or vmap, and marlin_cupy works on concrete arrays only so far; "
+                "call it outside the transformed function."
             )
         devices = list(array.devices())
         if len(devices) != 1:

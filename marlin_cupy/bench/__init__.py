@@ -1,0 +1,1 @@
+"""Measure this machine: GEMM times beside peers and the read floor, host overhead per call, compile times."""

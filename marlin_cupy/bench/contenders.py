@@ -1,0 +1,254 @@
+"""Who is timed: our matmul, the read floor and cuBLAS here, what needs PyTorch in ``contenders_torch``.
+
+A contender holds the weight copies of one layer and makes a :class:`Run` for any M. One that computes something checks
+itself: fresh inputs, output poisoned with NaN, and the distance to float32 on the very weights it multiplies.
+"""
+
+from __future__ import annotations
+
+import functools
+import itertools
+import math
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from typing import Any
+
+import ml_dtypes
+import numpy
+
+from marlin_cupy.api import explain, matmul
+from marlin_cupy.bench import read_floor
+from marlin_cupy.bench.shapes import Shape
+from marlin_cupy.bench.timing import CupyRun, EventTimer, Replay, Run, copies, is_cold
+from marlin_cupy.device import Gpu, import_cupy, namespace, namespace
+from marlin_cupy.formats.scalars import BFLOAT16, FLOAT16, from_bits, to_bits
+from marlin_cupy.tensor import QuantizedTensor, quantize
+
+Array = Any  # a CuPy array
+
+OURS, FLOOR, CUBLAS, TINYGEMM, HUMMING = "marlin_cupy", "read_floor", "cublas", "tinygemm", "humming"
+
+#: Relative Frobenius errors above these are called wrong. A correct kernel stays well below them: one rounding of the
+#: result costs 2e-4 in float16 and 1.7e-3 in bfloat16, rounded weights or partial sums two or three times that.
+TOLERANCE = {FLOAT16: 2e-3, BFLOAT16: 1e-2}
+
+_NUMPY_DTYPES = {FLOAT16: numpy.dtype(numpy.float16), BFLOAT16: numpy.dtype(ml_dtypes.bfloat16)}
+_NAN_BITS = 0x7FFF  # NaN in float16 and in bfloat16
+_CHUNK = 1 << 26
+_seeds = itertools.count(1)
+
+
+class UnavailableError(Exception):
+    """A contender cannot run here; the message says why, as the end of a sentence."""
+
+
+@dataclass(frozen=True)
+class Setup:
+    """What the contenders of one layer have in common."""
+
+    shape: Shape
+    format: str
+    group_size: int
+    dtype: str
+    gpu: Gpu
+    stream: Any  # a CuPy stream that is not the default one; everything runs on it
+
+
+class Contender(ABC):
+    """One way to compute (or, for the floor, to read) a layer.
+
+    Attributes:
+        name: as in the results.
+        description: what is timed, in words.
+        weight_bytes: what a launch reads of its weight.
+        copies: how many copies of the weight there are.
+    """
+
+    name: str
+    description: str
+    weight_bytes: int
+    copies: int
+    tolerance: float
+
+    def refuses(self, m: int) -> str | None:
+        """Why this contender sits out at M rows; None if it does not."""
+        return None
+
+    def details(self, m: int) -> tuple[str, str]:
+        """Kernel and configuration at M rows, where they are known."""
+        return "", ""
+
+    def is_cold(self, l2_bytes: int) -> bool:
+        """Whether its weight copies push each other out of L2."""
+        return is_cold(self.weight_bytes, self.copies, l2_bytes)
+
+    @abstractmethod
+    def run(self, m: int) -> Run:
+        """Ready to launch at M rows."""
+
+
+class Ours(Contender):
+    """mc.matmul with CuPy arrays and a given ``out``."""
+
+    name = OURS
+
+    def __init__(self, setup: Setup) -> None:
+        cupy = import_cupy("the benchmark")
+        K, N = setup.shape.K, setup.shape.N
+        weight = cupy.empty((K, N), dtype=numpy.float16)
+        fill_normal(weight, FLOAT16, 1 / math.sqrt(K))
+        first = quantize(weight, setup.format, setup.group_size, scale_dtype=setup.dtype)
+        self.weight_bytes = first.nbytes
+        self.copies = copies(first.nbytes, setup.gpu.l2_bytes)
+        more = (QuantizedTensor(first.spec, first.packed.copy()) for _ in range(self.copies - 1))
+        self.weights = [first, *more]
+        self.description = f"marlin_cupy.matmul, {setup.format} weights with {setup.dtype} scales, out= given"
+        self.tolerance = TOLERANCE[setup.dtype]
+        self._setup = setup
+
+    def details(self, m: int) -> tuple[str, str]:
+        """From :func:`marlin_cupy.explain`."""
+        found = explain((m, self._setup.shape.K), self._setup.dtype, self.weights[0])
+        return found.kernel, found.config
+
+    def run(self, m: int) -> Run:
+        """One launch per weight copy, all with the same x and y."""
+        x, y = _activations(self._setup, m)
+        steps = [functools.partial(matmul, x, weight, None, y) for weight in self.weights]
+        return CupyRun(self._setup.stream, steps, functools.partial(_error, self._setup.dtype, x, y, self._dense))
+
+    @functools.cached_property
+    def _dense(self) -> Array:
+        """The weight that the copies stand for, float32 (K, N)."""
+        return self.weights[0].dequantize("float32")
+
+
+class ReadFloor(Contender):
+    """Reads the packed weights of ``ours`` and computes nothing."""
+
+    name = FLOOR
+    tolerance = math.inf
+
+    def __init__(self, setup: Setup, ours: Ours) -> None:
+        self._buffers = [weight.packed for weight in ours.weights]
+        self.weight_bytes, self.copies = ours.weight_bytes, ours.copies
+        self._stream = setup.stream
+        self._reader = read_floor.fastest(setup.gpu, self._buffers, setup.stream, EventTimer(setup.stream))
+        self.description = "a kernel that reads the packed weight with 16-byte loads and does nothing else"
+
+    def details(self, m: int) -> tuple[str, str]:
+        """The launch shape that was fastest."""
+        return self.name, str(self._reader.shape)
+
+    def run(self, m: int) -> Run:
+        """The same for every M."""
+        return self._reader.run(self._buffers, self._stream)
+
+
+class CupyCublas(Contender):
+    """cuBLAS through CuPy: gemmEx with float32 accumulation on W stored as (N, K)."""
+
+    name = CUBLAS
+
+    def __init__(self, setup: Setup) -> None:
+        reason = cublas_missing()
+        if reason is not None:
+            raise UnavailableError(f"CuPy cannot load cuBLAS: {reason}")
+        cupy = import_cupy("the benchmark")
+        K, N = setup.shape.K, setup.shape.N
+        first = cupy.empty((N, K), dtype=_NUMPY_DTYPES[setup.dtype])
+        fill_normal(first, setup.dtype, 1 / math.sqrt(K))
+        self.weight_bytes = first.nbytes
+        self.copies = copies(first.nbytes, setup.gpu.l2_bytes)
+        self._weights = [first, *(first.copy() for _ in range(self.copies - 1))]
+        self.description = f"cupy.dot(x, W.T), {setup.dtype} weights stored as (N, K)"
+        self.tolerance = TOLERANCE[setup.dtype]
+        self._setup = setup
+
+    def run(self, m: int) -> Run:
+        """One GEMM per weight copy."""
+        cupy = import_cupy("the benchmark")
+        x, y = _activations(self._setup, m)
+        steps = [functools.partial(cupy.dot, x, weight.T, out=y) for weight in self._weights]
+        return CupyRun(self._setup.stream, steps, functools.partial(_error, self._setup.dtype, x, y, self._dense))
+
+    @functools.cached_property
+    def _dense(self) -> Array:
+        """The weight in float32 (K, N), a view of (N, K)."""
+        return as_float32(self._weights[0], self._setup.dtype).T
+
+
+def _activations(setup: Setup, m: int) -> tuple[Array, Array]:
+    """x (M, K), random, and y (M, N)."""
+    cupy = import_cupy("the benchmark")
+    x = cupy.empty((m, setup.shape.K), dtype=_NUMPY_DTYPES[setup.dtype])
+    fill_normal(x, setup.dtype, 1.0)
+    return x, cupy.empty((m, setup.shape.N), dtype=_NUMPY_DTYPES[setup.dtype])
+
+
+def _error(dtype: str, x: Array, y: Array, dense: Array, graph: Replay) -> float:
+    """Relative error of what ``graph`` writes to ``y`` for fresh ``x``."""
+    fill_normal(x, dtype, 1.0)
+    y.view(numpy.uint16).fill(_NAN_BITS)
+    graph.replay()
+    return relative_error(as_float32(y, dtype), product(as_float32(x, dtype), dense))
+
+
+def relative_error(y: Array, expected: Array) -> float:
+    """Frobenius norm of the difference over that of ``expected``; float32 arrays, sums in float64."""
+    xp = namespace(y)
+    difference = xp.sum(xp.square(y - expected), dtype=xp.float64)
+    return math.sqrt(float(difference) / float(xp.sum(xp.square(expected), dtype=xp.float64)))
+
+
+def product(x: Array, dense: Array) -> Array:
+    """x (M, K) @ dense (K, N) in float32: by cuBLAS where CuPy has it, else a row at a time."""
+    if isinstance(x, numpy.ndarray) or cublas_missing() is None:
+        return x @ dense
+    xp = namespace(x)
+    return xp.stack([xp.sum(row[:, None] * dense, axis=0) for row in x])
+
+
+@functools.cache
+def cublas_missing() -> str | None:
+    """Why CuPy has no cuBLAS, in a line; None if it has."""
+    try:
+        from cupy_backends.cuda.libs import cublas
+    except ImportError as error:
+        return str(error).splitlines()[0]
+    return None if hasattr(cublas, "gemmEx") else "it lacks gemmEx"
+
+
+def as_float32(array: Array, dtype: str) -> Array:
+    """A contiguous float16 or bfloat16 array as float32."""
+    return from_bits(array.view(numpy.uint16), dtype)
+
+
+def fill_normal(array: Array, dtype: str, scale: float) -> None:
+    """Fill a contiguous CuPy array of a 16-bit ``dtype`` with fresh normal values times ``scale``."""
+    cupy = import_cupy("the benchmark")
+    bits = array.reshape(-1).view(numpy.uint16)
+    for start in range(0, bits.size, _CHUNK):
+        part = bits[start : start + _CHUNK]
+        values = cupy.empty(part.shape, dtype=numpy.float32)
+        _normal()(numpy.uint64(next(_seeds)), numpy.float32(scale), values)
+        part[...] = to_bits(values, dtype)
+
+
+@functools.cache
+def _normal() -> Any:
+    """Normal values from a counter: SplitMix64 (Steele et al. 2014), then Box and Muller. Needs no cuRAND."""
+    return import_cupy("the benchmark").ElementwiseKernel(
+        "uint64 seed, float32 scale",
+        "float32 value",
+        """
+        unsigned long long z = seed * 0xD1B54A32D192ED03ull + (i + 1ull) * 0x9E3779B97F4A7C15ull;
+        z = (z ^ (z >> 30)) * 0xBF58476D1CE4E5B9ull;
+        z = (z ^ (z >> 27)) * 0x94D049BB133111EBull;
+        z ^= z >> 31;
+        const float u = ((unsigned int)(z >> 40) + 1u) * 5.9604645e-8f;
+        const float v = (unsigned int)(z & 0xFFFFFFu) * 5.9604645e-8f;
+        value = scale * sqrtf(-2.0f * logf(u)) * cosf(6.2831853f * v);
+        """,
+        "marlin_cupy_bench_normal",
+    )

@@ -1,0 +1,211 @@
+"""Run the benchmark: every layer, format and M, all contenders of a cell in turns."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+from marlin_cupy import formats as registry
+from marlin_cupy.bench import contenders_torch, report
+from marlin_cupy.bench import shapes as layers
+from marlin_cupy.bench.contenders import (
+    CUBLAS,
+    FLOOR,
+    HUMMING,
+    OURS,
+    TINYGEMM,
+    Contender,
+    CupyCublas,
+    Ours,
+    ReadFloor,
+    Setup,
+    UnavailableError,
+)
+from marlin_cupy.bench.report import Report, Row
+from marlin_cupy.bench.shapes import Shape
+from marlin_cupy.bench.timing import QUICK_SAMPLING, EventTimer, Replay, Run, Sampling, Timer, interleave, prepare
+from marlin_cupy.device import gpu, gpu_count, import_cupy
+
+NO_GPU = "The benchmark needs a CUDA GPU that CuPy can use, and this machine has none."
+_PROTOCOL = (
+    "CUDA graphs over weight copies that together exceed four times the L2 cache and 200 MB; {}; each contender is "
+    "checked on the graph that was timed, with fresh inputs and NaN in its output, against float32 on the weights "
+    "that it multiplies"
+)
+
+
+def run(
+    shapes: list[tuple[str, int, int]] | None,
+    ms: list[int] | None,
+    formats: list[str] | None,
+    group_size: int | None,
+    dtype: str,
+    output: Path | None,
+    quick: bool,
+) -> int:
+    """Measure, print a table, write files.
+
+    Args:
+        shapes: (name, K, N) of layers; those of Llama 3 8B and 70B if None.
+        ms: rows of x; eight values from 1 to 2048 if None.
+        formats: weight formats; int4 if None.
+        group_size: K per scale; the default of each format if None.
+        dtype: of activations and scales, "float16" or "bfloat16".
+        output: folder for bench.json, bench_times.png and bench_speedup.png, or a path that ends in .json and
+            names all three; None writes nothing.
+        quick: short samples and no humming; with two layers and three M, which it defaults to, less than a minute.
+
+    Returns:
+        The exit code: 1 without a GPU or where a check failed, else 0.
+
+    Raises:
+        ValueError: a format, shape or group size that does not exist.
+    """
+    if gpu_count() == 0:
+        Console().print(NO_GPU, soft_wrap=True)
+        return 1
+    chosen = [Shape(*shape) for shape in shapes] if shapes else list(layers.QUICK if quick else layers.LLAMA)
+    m_values = sorted(set(ms or (layers.QUICK_M_VALUES if quick else layers.M_VALUES)))
+    sampling = QUICK_SAMPLING if quick else Sampling()
+    names = formats or ["int4"]
+    group_sizes = {name: group_size or registry.get(name).default_group_size for name in names}
+
+    cupy = import_cupy("the benchmark")
+    found = Report(report.header(protocol=_PROTOCOL.format(sampling), contenders={}), [])
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    with (
+        _reported(found, output),  # also when interrupted: what was measured is kept
+        Progress(*columns, transient=True) as progress,
+        cupy.cuda.Device(0),
+        cupy.cuda.Stream(non_blocking=True) as stream,
+    ):
+        task = progress.add_task("", total=len(chosen) * len(names) * len(m_values))
+        for shape in chosen:
+            for name in names:
+                progress.update(task, description=f"{shape.name} {name}: weights")
+                setup = Setup(shape, name, group_sizes[name], dtype, gpu(0), stream)
+                for row in _layer(setup, m_values, sampling, quick, found.header["contenders"]):
+                    found.rows.append(row)
+                    progress.update(task, advance=1, description=f"{shape.name} {name}: M = {row.M}")
+                contenders_torch.release_memory()
+                cupy.get_default_memory_pool().free_all_blocks()
+    return 1 if any(row.wrong for row in found.rows) else 0
+
+
+@contextlib.contextmanager
+def _reported(found: Report, output: Path | None) -> Iterator[None]:
+    """Show and save whatever has been found at the end."""
+    try:
+        yield
+    finally:
+        console = Console(width=report.WIDTH, highlight=False)
+        if found.rows:
+            report.show(found, console)
+            for path in report.save_all(found, output) if output is not None else ():
+                console.print(f"wrote {path}", soft_wrap=True, markup=False)
+
+
+def _layer(
+    setup: Setup, ms: Sequence[int], sampling: Sampling, quick: bool, descriptions: dict[str, str]
+) -> Iterator[Row]:
+    """The rows of one layer in one format."""
+    contenders, absent = _contenders(setup, ms, quick)
+    descriptions.update({contender.name: contender.description for contender in contenders})
+    time = EventTimer(setup.stream)
+    for m in ms:
+        yield _cell(setup, m, contenders, absent, time, sampling)
+
+
+def _contenders(setup: Setup, ms: Sequence[int], quick: bool) -> tuple[list[Contender], dict[str, str]]:
+    """All that can run on this layer, and for the others the reason why not."""
+    ours = Ours(setup)
+    found: list[Contender] = [ours, ReadFloor(setup, ours)]
+    absent: dict[str, str] = {}
+    for name in (CUBLAS, TINYGEMM, HUMMING):
+        try:
+            if name == CUBLAS:
+                found.append(_cublas(setup))
+            elif name == TINYGEMM:
+                found.append(contenders_torch.Tinygemm(setup))
+            elif quick:
+                absent[name] = "its kernels take long to compile, and this is a quick run"
+            else:
+                found.append(contenders_torch.Humming(setup, ms))
+        except Exception as error:  # a peer that fails, however it does, is a line of the report
+            absent[name] = _reason(error)
+    return found, absent
+
+
+def _cublas(setup: Setup) -> Contender:
+    """Through PyTorch where it is installed, as most users meet it, else through CuPy."""
+    try:
+        return contenders_torch.TorchCublas(setup)
+    except UnavailableError:
+        return CupyCublas(setup)
+
+
+def _cell(
+    setup: Setup,
+    m: int,
+    contenders: Sequence[Contender],
+    absent: dict[str, str],
+    time: Timer,
+    sampling: Sampling,
+) -> Row:
+    """One layer at one M: prepare all contenders, time them in turns, check them."""
+    ours = contenders[0]
+    runs: dict[str, tuple[Contender, Run, Replay]] = {}
+    skipped = dict(absent)
+    for contender in contenders:
+        reason = contender.refuses(m)
+        if reason is None:
+            try:
+                prepared = contender.run(m)
+                runs[contender.name] = contender, prepared, prepare(prepared, time, sampling)
+            except Exception as error:
+                if contender.name in (OURS, FLOOR):
+                    raise
+                reason = _reason(error)
+        if reason is not None:
+            skipped[contender.name] = reason
+    times = interleave({name: graph for name, (_, _, graph) in runs.items()}, time, sampling)
+    errors: dict[str, float] = {}
+    wrong: list[str] = []
+    for name, (contender, prepared, graph) in runs.items():
+        distance = prepared.error(graph)
+        if distance is not None:
+            errors[name] = distance
+            if not distance <= contender.tolerance:  # NaN is wrong too
+                wrong.append(name)
+    details = {name: contender.details(m) for name, (contender, _, _) in runs.items()}
+    kernel, config = details.pop(OURS)
+    return Row(
+        K=setup.shape.K,
+        N=setup.shape.N,
+        M=m,
+        name=setup.shape.name,
+        format=setup.format,
+        group_size=setup.group_size,
+        dtype=setup.dtype,
+        launch="plain",
+        us={name: summary.median for name, summary in times.items() if name not in wrong},
+        spread={name: [summary.p10, summary.p90] for name, summary in times.items() if name not in wrong},
+        error=errors.get(OURS),
+        kernel=kernel,
+        config=config,
+        errors=errors,
+        details={name: text for name, (_, text) in details.items() if text},
+        cold=ours.is_cold(setup.gpu.l2_bytes),
+        wrong=wrong,
+        skipped=skipped,
+    )
+
+
+def _reason(error: Exception) -> str:
+    """Why a contender is left out, in a line."""
+    text = (str(error).strip().splitlines() or [""])[0].rstrip(".")
+    return text if isinstance(error, UnavailableError) else f"{type(error).__name__}: {text}"
