@@ -110,10 +110,10 @@ def measure(format: str, dtype: str, m: int) -> CompileTime:
 
 @contextmanager
 def _empty_cache() -> Iterator[dict[str, str]]:
-    """An environment with an empty cubin cache and no bundle."""
+    """An environment with an empty cubin cache, no bundle, and no compute cache, in which NVRTC keeps results too."""
     with tempfile.TemporaryDirectory(prefix="marlin_cupy-compile-") as folder:
         environment = {name: value for name, value in os.environ.items() if name != cache.BUNDLE_VARIABLE}
-        yield environment | {cache.CACHE_VARIABLE: folder}
+        yield environment | {cache.CACHE_VARIABLE: folder, "CUDA_CACHE_DISABLE": "1"}
 
 
 def _probe(format: str, dtype: str, m: int, environment: dict[str, str]) -> FirstCall:

@@ -8,11 +8,17 @@ import cupy
 import ml_dtypes
 import numpy
 from cupy.cuda import get_current_stream
+from cupy_backends.cuda.api.runtime import getDevice
 
 from marlin_cupy.device import Device, cuda
 from marlin_cupy.frameworks.framework import StreamFramework
 
-_DTYPES = {"bfloat16": numpy.dtype(ml_dtypes.bfloat16)}
+_DTYPES = {
+    "float16": numpy.dtype(numpy.float16),
+    "bfloat16": numpy.dtype(ml_dtypes.bfloat16),
+    "float32": numpy.dtype(numpy.float32),
+}
+_NAMES = {dtype: name for name, dtype in _DTYPES.items()}
 
 
 class CupyFramework(StreamFramework):
@@ -22,11 +28,11 @@ class CupyFramework(StreamFramework):
 
     def device(self, array: Any) -> Device:
         """The GPU that holds the array."""
-        return cuda(array.device.id)
+        return cuda(array.data.device_id)
 
     def dtype(self, array: Any) -> str:
         """Name of the NumPy or ml_dtypes type."""
-        return str(array.dtype.name)
+        return _NAMES.get(array.dtype) or str(array.dtype.name)
 
     def to_native(self, array: Any) -> Any:
         """The array itself."""
@@ -42,14 +48,15 @@ class CupyFramework(StreamFramework):
 
     def strides(self, array: Any) -> tuple[int, ...]:
         """Strides in elements."""
-        return tuple(stride // array.itemsize for stride in array.strides)
+        size = array.itemsize
+        return tuple([stride // size for stride in array.strides])
 
     def empty(self, shape: tuple[int, ...], dtype: str, device: Device) -> Any:
         """From CuPy's memory pool."""
-        if cupy.cuda.runtime.getDevice() == device.index:
-            return cupy.empty(shape, dtype=_DTYPES.get(dtype, dtype))
+        if getDevice() == device.index:
+            return cupy.ndarray(shape, _DTYPES[dtype])
         with cupy.cuda.Device(device.index):
-            return cupy.empty(shape, dtype=_DTYPES.get(dtype, dtype))
+            return cupy.ndarray(shape, _DTYPES[dtype])
 
     def stream(self, device: Device) -> int:
         """CuPy's current stream on that GPU."""

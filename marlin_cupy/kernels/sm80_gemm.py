@@ -92,36 +92,36 @@ class Candidate:
 #: Per largest M served (the last serves every larger M, in several token tiles): what to choose from.
 CANDIDATES: dict[int, tuple[Candidate, ...]] = {
     8: (
-        Candidate(Config(4, 1, 2, 1, 2, 8, 4, 2), 166),
+        Candidate(Config(4, 1, 2, 1, 2, 8, 4, 2), 167),
         Candidate(Config(4, 1, 1, 1, 4, 8, 4, 2), 178),
-        Candidate(Config(2, 1, 1, 1, 8, 8, 3, 2), 208),
+        Candidate(Config(2, 1, 1, 1, 8, 8, 3, 2), 210),
     ),
     16: (
-        Candidate(Config(4, 2, 2, 1, 2, 8, 4, 2), 205),
-        Candidate(Config(4, 2, 1, 1, 4, 8, 3, 2), 220),
-        Candidate(Config(2, 2, 1, 1, 8, 8, 2, 2), 278),
+        Candidate(Config(4, 2, 2, 1, 2, 8, 4, 2), 209),
+        Candidate(Config(4, 2, 1, 1, 4, 8, 3, 2), 221),
+        Candidate(Config(2, 2, 1, 1, 8, 8, 2, 2), 265),
     ),
     32: (
-        Candidate(Config(4, 4, 2, 1, 2, 8, 3, 2), 283),
-        Candidate(Config(2, 4, 4, 1, 1, 8, 4, 3), 350),
-        Candidate(Config(2, 4, 2, 1, 4, 8, 2, 1), 350),
+        Candidate(Config(4, 4, 2, 1, 2, 8, 3, 2), 281),
+        Candidate(Config(2, 4, 4, 1, 1, 8, 4, 3), 312),
+        Candidate(Config(2, 4, 2, 1, 4, 8, 2, 1), 377),
     ),
     64: (
-        Candidate(Config(2, 8, 4, 1, 1, 8, 4, 2), 486),
-        Candidate(Config(2, 8, 4, 1, 2, 8, 3, 1), 494),
-        Candidate(Config(2, 8, 8, 1, 1, 8, 4, 1), 497),
-        Candidate(Config(2, 8, 2, 1, 4, 4, 3, 1), 665),
+        Candidate(Config(2, 8, 4, 1, 1, 8, 4, 2), 481),
+        Candidate(Config(2, 8, 4, 1, 2, 8, 3, 1), 501),
+        Candidate(Config(2, 8, 8, 1, 1, 8, 4, 1), 504),
+        Candidate(Config(2, 8, 2, 1, 4, 4, 3, 1), 667),
     ),
 }
 
 #: What a launch pays when blocks share tiles: partial tiles written, counted and added up by one block.
-_EXCHANGE_US = 2.3
-_SHARE_US = 0.35
+_EXCHANGE_US = 2.5
+_SHARE_US = 0.7
 _EXCHANGE_BYTES_PER_US = 80e3
 #: What each further wave of blocks pays to fill its pipeline.
 _WAVE_US = 1.5
 #: The share of the GPU's block slots that is enough to keep its memory busy.
-_ENOUGH_SLOTS = 0.8
+_ENOUGH_SLOTS = 0.85
 #: A block should have a few steps to fill its pipeline with.
 _MIN_STEPS = 2
 
