@@ -170,8 +170,8 @@ def demo(
     passed = error <= bound  # false for NaN too
     title = f"{format}, group size {w.group_size}: ({m}, {k}) @ ({k}, {n}) on {place}"
     table = Table("", "", show_header=False, title=title)
-    table.add_row("weight in float16", f"{weight.nbytes / 1e6:.1f} MB")
-    table.add_row("weight packed", f"{w.nbytes / 1e6:.1f} MB, {weight.nbytes / w.nbytes:.2f} times smaller")
+    table.add_row("weight in float16", f"{weight.nbytes / 1e6:.3g} MB")
+    table.add_row("weight packed", f"{w.nbytes / 1e6:.3g} MB, {weight.nbytes / w.nbytes:.2f} times smaller")
     table.add_row("error of the packed weight", f"{weight_error:.2e} relative to the original")
     table.add_row("error of the product", f"{error:.2e} relative to float64")
     table.add_row("its bound", f"{bound:.2e}; one rounding to float16 is {ROUNDOFF[FLOAT16]:.2e}")
@@ -269,7 +269,7 @@ def compile_bundle(
 ) -> None:
     """Compile every kernel for named architectures, GPU or not, into a folder that other machines can use."""
     version = _nvrtc_version()
-    gpus = [_gpu_of_arch(name, version) for name in arch]
+    gpus = [_gpu_of_arch(name, version) for name in dict.fromkeys(arch)]
     sources = [(*source, each.arch) for each in gpus for source in variants(format, group_size, dtype, each)]
     output.mkdir(parents=True, exist_ok=True)
     columns = (*Progress.get_default_columns()[:2], MofNCompleteColumn(), TimeElapsedColumn())
@@ -284,7 +284,7 @@ def compile_bundle(
         except BaseException:
             pool.shutdown(cancel_futures=True)
             raise
-    _print_line(f"{len(builds)} kernels for {', '.join(arch)}.")
+    _print_line(f"{len(builds)} kernels for {', '.join(each.arch for each in gpus)}.")
     _print_line(f"The bundle is now {_folder(output)}.")
     _print_line(
         f"With {cache.BUNDLE_VARIABLE}={output.resolve()} marlin_cupy {mc.__version__} uses them instead of compiling."
@@ -292,9 +292,9 @@ def compile_bundle(
 
 
 def variants(
-    format_names: Iterable[str] | None, group_size: int | None, dtypes: Iterable[str] | None, gpu: Gpu
+    format_names: Iterable[str] | None, group_size: int | None, dtypes: Iterable[str] | None, target: Gpu
 ) -> list[tuple[str, str]]:
-    """(name, source) of every kernel that weights can need on ``gpu``, with scales in the dtype of the activations.
+    """(name, source) of every kernel that weights can need on ``target``, with scales in the dtype of the activations.
 
     All formats, the default group size of each and both dtypes where None.
     """
@@ -303,7 +303,7 @@ def variants(
     for name in format_names or formats.names():
         for dtype in dtypes or HALF_DTYPES:
             spec = mc.quantize(smallest, name, group_size, scale_dtype=dtype).spec  # checks the names and the size
-            found |= dict.fromkeys(sm80_gemm.variants(spec, dtype, gpu))
+            found |= dict.fromkeys(sm80_gemm.variants(spec, dtype, target))
     return list(found)
 
 

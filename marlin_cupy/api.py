@@ -39,7 +39,7 @@ def matmul(x: Array, w: QuantizedTensor, bias: Array | None = None, out: Array |
     """
     if not isinstance(w, QuantizedTensor):
         raise TypeError(f"w is a {type(w).__name__}; pass a QuantizedTensor, from quantize, pack or load.")
-    framework = frameworks.of(x)
+    framework, x = frameworks.resolve(x)
     framework.refuse_gradient(x, "x")
     device = framework.device(x)
     dtype = framework.dtype(x)
@@ -49,11 +49,11 @@ def matmul(x: Array, w: QuantizedTensor, bias: Array | None = None, out: Array |
     if len(x.shape) == 0 or x.shape[-1] != K:
         raise ValueError(f"x has shape {tuple(x.shape)} and the weight (K={K}, N={N}); x must be (..., {K}).")
     if bias is not None:
-        _check(framework, bias, "bias", (N,), dtype, device)
+        bias = _checked(framework, bias, "bias", (N,), dtype, device)
     if out is not None:
-        if not framework.writable:
-            raise TypeError(f"out is given and {framework.name} arrays are immutable; use the result instead.")
-        _check(framework, out, "out", (*x.shape[:-1], N), dtype, device)
+        target = _checked(framework, out, "out", (*x.shape[:-1], N), dtype, device)
+    else:
+        target = None
 
     if device != w.device and (framework.name != "numpy" or w.device == CPU):
         raise DeviceError(
@@ -61,9 +61,11 @@ def matmul(x: Array, w: QuantizedTensor, bias: Array | None = None, out: Array |
         )
     if device == w.device and (device == CPU or isinstance(framework, StreamFramework)):
         if device != CPU:
-            _check_strides(framework, x, bias, out)
-        return _plan(w, math.prod(x.shape[:-1]), dtype).multiply(framework, x, w, bias, out)
-    return _through_cupy(framework, x, w, bias, out)
+            _check_strides(framework, x, bias, target)
+        y = _plan(w, math.prod(x.shape[:-1]), dtype).multiply(framework, x, w, bias, target)
+    else:
+        y = _through_cupy(framework, x, w, bias, target)
+    return y if out is None else out
 
 
 @dataclass(frozen=True)
@@ -96,8 +98,13 @@ def explain(shape: Sequence[int], dtype: Any, w: QuantizedTensor) -> Explanation
     Raises:
         UnsupportedError: no kernel serves it; the message has every kernel's reason.
     """
-    if len(shape) == 0 or shape[-1] != w.shape[0]:
-        raise ValueError(f"shape is {tuple(shape)} and the weight (K={w.shape[0]}, N={w.shape[1]}); use (..., K).")
+    if not isinstance(w, QuantizedTensor):
+        raise TypeError(f"w is a {type(w).__name__}; pass a QuantizedTensor, from quantize, pack or load.")
+    K, N = w.shape
+    if not isinstance(shape, Sequence) or not all(isinstance(size, int) for size in shape):
+        raise TypeError(f"shape is {shape!r}; pass the shape of x, a tuple of integers (..., {K}).")
+    if len(shape) == 0 or shape[-1] != K or min(shape) < 0:
+        raise ValueError(f"shape is {tuple(shape)} and the weight (K={K}, N={N}); use (..., {K}).")
     name = str(getattr(dtype, "name", None) or getattr(dtype, "__name__", None) or dtype).removeprefix("torch.")
     problem = _problem(math.prod(shape[:-1]), name, w)
     chosen = kernels.choose(problem)
@@ -154,16 +161,21 @@ def _is_row_major(framework: StreamFramework, out: Array) -> bool:
     return all(a[1] == b[0] * b[1] for a, b in itertools.pairwise(rows))
 
 
-def _check(framework: Framework, array: Array, role: str, shape: tuple[int, ...], dtype: str, device: Device) -> None:
-    """ValueError or DeviceError unless ``array`` matches x and has ``shape``."""
-    theirs = frameworks.of(array, role)
+def _checked(
+    framework: Framework, array: Array, role: str, shape: tuple[int, ...], dtype: str, device: Device
+) -> Array:
+    """``array`` if it matches x and has ``shape``; TypeError, ValueError or DeviceError otherwise."""
+    theirs, array = frameworks.resolve(array, role)
     if theirs is not framework:
         raise TypeError(f"{role} is a {theirs.name} array and x a {framework.name} array; use one library.")
     theirs.refuse_gradient(array, role)
+    if role == "out":
+        theirs.refuse_writing(array, role)
     if tuple(array.shape) != shape or theirs.dtype(array) != dtype:
         raise ValueError(f"{role} is {theirs.dtype(array)}{tuple(array.shape)}; it must be {dtype}{shape}, as x.")
     if theirs.device(array) != device:
         raise DeviceError(f"{role} is on {theirs.device(array)} and x on {device}; they must be on one device.")
+    return array
 
 
 QuantizedTensor.multiply = staticmethod(matmul)

@@ -85,7 +85,7 @@ class QuantizedTensor:
     multiply: ClassVar[Callable[[Array, QuantizedTensor], Array]]
 
     def __init__(self, spec: Spec, packed: Array) -> None:
-        framework = frameworks.of(packed, "packed")
+        framework, packed = frameworks.resolve(packed, "packed")
         layout = spec.layout
         if tuple(packed.shape) != layout.packed_shape or framework.dtype(packed) != "uint8":
             raise ValueError(
@@ -205,14 +205,12 @@ class QuantizedTensor:
 
         ``weight`` is checked completely before anything is written. Returns self.
         """
-        framework = frameworks.of(self.packed)
-        if not framework.writable:
-            raise TypeError(f"update_ writes in place, {framework.name} arrays are immutable; quantize a new weight.")
+        frameworks.of(self.packed).refuse_writing(self.packed, "update_ writes in place, and packed")
         native, _, largest = _checked_weight(weight, search)
         _check_range(self.spec, largest)
         if tuple(native.shape) != self.shape:
             raise ValueError(f"weight has shape {tuple(native.shape)}; this tensor holds {self.shape}.")
-        device = frameworks.of(weight, "weight").device(weight)
+        device = _device_of(native)
         if device != self.device:
             raise DeviceError(f"weight is on {device} and the packed buffer on {self.device}; move one of them.")
         _encode(native, self.spec, search, self._native)
@@ -269,7 +267,7 @@ def quantize(
         scale_dtype = dtype if dtype in HALF_DTYPES else FLOAT16
     spec = Spec(format, tuple(native.shape), group_size, _checked_scale_dtype(scale_dtype))
     _check_range(spec, largest)
-    if device is not None and Device.parse(device) != frameworks.of(weight).device(weight):
+    if device is not None and Device.parse(device) != _device_of(native):
         native = _moved(native, Device.parse(device))
     xp = namespace(native)
     with _on(_device_of(native)):
@@ -305,7 +303,7 @@ def pack(
         raise ValueError(f"format {format!r} {needs} zero_points.")
     if zero_points is not None:
         named[formats.ZERO_POINT] = zero_points
-    native = {name: frameworks.of(array, name).to_native(array) for name, array in named.items()}
+    native = {name: _native(array, name) for name, array in named.items()}
     devices = {name: _device_of(array) for name, array in native.items()}
     if len(set(devices.values())) != 1:
         places = ", ".join(f"{name}: {device}" for name, device in devices.items())
@@ -439,7 +437,7 @@ def _checked_weight(weight: Array, search: str) -> tuple[Any, str, float]:
     """The native form of a weight, its dtype and largest magnitude, or the reason why it cannot be quantized."""
     if search not in _SEARCHES:
         raise ValueError(f"search is {search!r}; use one of {', '.join(_SEARCHES)}.")
-    framework = frameworks.of(weight, "weight")
+    framework, weight = frameworks.resolve(weight, "weight")
     dtype = framework.dtype(weight)
     if len(weight.shape) != 2 or 0 in weight.shape:
         raise ValueError(f"weight has shape {tuple(weight.shape)}; pass (K, N), not empty.")
@@ -483,6 +481,11 @@ def _checked_scale_dtype(scale_dtype: str) -> str:
     if scale_dtype not in HALF_DTYPES:
         raise ValueError(f"scale_dtype is {scale_dtype!r}; use {' or '.join(HALF_DTYPES)}.")
     return scale_dtype
+
+
+def _native(array: Array, role: str) -> Any:
+    framework, array = frameworks.resolve(array, role)
+    return framework.to_native(array)
 
 
 def _device_of(native: Any) -> Device:

@@ -20,7 +20,7 @@ from marlin_cupy.api import explain, matmul
 from marlin_cupy.bench import read_floor
 from marlin_cupy.bench.shapes import Shape
 from marlin_cupy.bench.timing import CupyRun, EventTimer, Replay, Run, copies, is_cold
-from marlin_cupy.device import Gpu, import_cupy, namespace, namespace
+from marlin_cupy.device import Gpu, import_cupy, namespace
 from marlin_cupy.formats.scalars import BFLOAT16, FLOAT16, from_bits, to_bits
 from marlin_cupy.tensor import QuantizedTensor, quantize
 

@@ -16,8 +16,6 @@ class Framework(ABC):
 
     #: The name users know it by.
     name: str
-    #: Whether its arrays can be written in place (``out=``, ``update_``).
-    writable: bool = True
 
     @abstractmethod
     def device(self, array: Array) -> Device:
@@ -26,6 +24,10 @@ class Framework(ABC):
     @abstractmethod
     def dtype(self, array: Array) -> str:
         """Name of the element type, as NumPy and ml_dtypes spell it: "float16", "bfloat16", ..."""
+
+    def refuse_writing(self, array: Array, role: str) -> None:
+        """TypeError or ValueError if ``array`` cannot be written in place."""
+        return None
 
     def refuse_gradient(self, array: Array, role: str) -> None:
         """UnsupportedError if automatic differentiation follows ``array``, whose gradient would be lost here."""

@@ -16,7 +16,6 @@ class JaxFramework(Framework):
     """Immutable arrays on one device."""
 
     name = "jax"
-    writable = False
 
     def device(self, array: Any) -> Device:
         """CPU or the CUDA GPU; UnsupportedError for traced arrays, DeviceError for sharded and other ones."""
@@ -38,6 +37,10 @@ class JaxFramework(Framework):
     def dtype(self, array: Any) -> str:
         """Name of the NumPy or ml_dtypes type."""
         return str(array.dtype.name)
+
+    def refuse_writing(self, array: Any, role: str) -> None:
+        """Always."""
+        raise TypeError(f"{role} is a jax array, and those are immutable; use what the function returns instead.")
 
     def to_native(self, array: Any) -> Any:
         """A NumPy or CuPy array over the array's memory, read-only by JAX's contract."""

@@ -23,6 +23,11 @@ class NumpyFramework(Framework):
         """Name of the NumPy or ml_dtypes type."""
         return str(array.dtype.name)
 
+    def refuse_writing(self, array: Any, role: str) -> None:
+        """Read-only arrays."""
+        if not array.flags.writeable:
+            raise ValueError(f"{role} is a read-only NumPy array; pass one that can be written.")
+
     def to_native(self, array: Any) -> Any:
         """The array itself, without what a subclass adds."""
         return numpy.asarray(array)

@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy
 
+from marlin_cupy.formats.scalars import HALF_DTYPES
 from marlin_cupy.frameworks import Framework
 from marlin_cupy.kernels.problem import Kernel, Plan, Problem
 from marlin_cupy.tensor import QuantizedTensor
@@ -17,9 +18,11 @@ class Reference(Kernel, Plan):
     name = "reference"
 
     def refuses(self, problem: Problem) -> str | None:
-        """Weights on a GPU."""
+        """Weights on a GPU, other activation dtypes."""
         if problem.gpu is not None:
             return f"computes in host memory, and the weight is on cuda:{problem.gpu.index}"
+        if problem.dtype not in HALF_DTYPES:
+            return f"takes {' or '.join(HALF_DTYPES)} activations, not {problem.dtype}"
         return None
 
     def plan(self, problem: Problem) -> Plan:
@@ -41,7 +44,7 @@ class Reference(Kernel, Plan):
                 block = rows @ values
                 if bias_host is not None:
                     block += bias_host[columns]
-                y[..., columns] = block.reshape(*shape[:-1], -1).astype(y.dtype)
+                y[..., columns] = block.reshape(*shape[:-1], block.shape[1]).astype(y.dtype)
         return framework.from_native(y) if out is None else out
 
 
