@@ -60,7 +60,7 @@ def matmul(x: Array, w: QuantizedTensor, bias: Array | None = None, out: Array |
             f"x is on {device} and the weight on {w.device}; move one, for instance w.to({str(device)!r})."
         )
     if device == w.device and (device == CPU or isinstance(framework, StreamFramework)):
-        if device != CPU:
+        if device != CPU and 0 not in x.shape:  # an empty array has no strides to speak of
             _check_strides(framework, x, bias, target)
         y = _plan(w, math.prod(x.shape[:-1]), dtype).multiply(framework, x, w, bias, target)
     else:
@@ -133,7 +133,10 @@ def _through_cupy(framework: Framework, x: Array, w: QuantizedTensor, bias: Any,
     """For libraries without a stream of their own to launch on: CuPy computes, DLPack or a copy hands over."""
     cupy = import_cupy("a weight on a GPU")
     with cupy.cuda.Device(w.device.index):
-        arrays = [None if array is None else cupy.asarray(framework.to_native(array)) for array in (x, bias)]
+        arrays = [
+            None if array is None else cupy.ascontiguousarray(cupy.asarray(framework.to_native(array)))
+            for array in (x, bias)
+        ]
         y = matmul(arrays[0], w, arrays[1])
         if out is None:
             return framework.from_native(y)
