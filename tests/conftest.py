@@ -1,0 +1,46 @@
+"""Which tests run where: tests marked ``gpu`` run when ``-m`` asks for them, and then a GPU has to be there."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import tempfile
+
+import hypothesis
+import pytest
+
+from marlin_cupy.device import gpu_count
+from marlin_cupy.jit.cache import BUNDLE_VARIABLE, CACHE_VARIABLE
+
+# Before JAX is imported: it must leave GPU memory to the other libraries.
+os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
+
+hypothesis.settings.register_profile("suite", derandomize=True, database=None, deadline=None, max_examples=60)
+hypothesis.settings.load_profile("suite")
+
+_CACHE = pytest.StashKey[str]()
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.addinivalue_line("markers", "gpu: needs a CUDA GPU; runs only when -m asks for it (pytest -m gpu).")
+    if not hasattr(config, "workerinput"):  # workers of pytest-xdist inherit the environment
+        config.stash[_CACHE] = tempfile.mkdtemp(prefix="marlin_cupy-tests-")
+        os.environ[CACHE_VARIABLE] = config.stash[_CACHE]
+        os.environ.pop(BUNDLE_VARIABLE, None)
+
+
+def pytest_unconfigure(config: pytest.Config) -> None:
+    if _CACHE in config.stash:
+        shutil.rmtree(config.stash[_CACHE], ignore_errors=True)
+
+
+@pytest.hookimpl(trylast=True)  # after pytest has applied -m itself
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    on_gpu = [item for item in items if item.get_closest_marker("gpu")]
+    if on_gpu and not config.option.markexpr:
+        items[:] = [item for item in items if not item.get_closest_marker("gpu")]
+        config.hook.pytest_deselected(items=on_gpu)
+    elif on_gpu and gpu_count() == 0:
+        raise pytest.UsageError(
+            f"-m {config.option.markexpr!r} selects {len(on_gpu)} GPU tests and this machine has no usable CUDA GPU."
+        )

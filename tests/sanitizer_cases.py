@@ -1,0 +1,112 @@
+"""Small cases of every kernel configuration, for NVIDIA's compute-sanitizer.
+
+    for tool in memcheck racecheck synccheck initcheck; do
+        compute-sanitizer --tool $tool --error-exitcode 1 python tests/sanitizer_cases.py
+    done
+
+marlin_cupy has to be installed, or the checkout in PYTHONPATH. Run it once without the tool first, so that compiling
+is done. It exits with an error when a result is wrong.
+Everything but the kernels happens on the host, so that the tool has nothing else to look at.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from collections.abc import Iterator
+
+import cupy
+import numpy as np
+from cases import DTYPES, FORMATS, HALF, gaussian, rows
+from product import Product
+
+import marlin_cupy as mc
+from marlin_cupy import frameworks
+from marlin_cupy.device import gpu
+from marlin_cupy.kernels import Problem, sm80_gemm
+from marlin_cupy.kernels.sm80_gemm import Sm80Plan
+
+#: (K, N): edges in both directions; and enough steps for blocks to share a tile.
+SHAPES = ((75, 70), (1100, 200))
+GROUP_SIZE = {"int4": 128, "uint4": 48, "int8": 64, "nf4": 32}
+_NAN = 0x7FFF  # in fp16 and in bf16
+
+
+def to_gpu(array: np.ndarray) -> cupy.ndarray:
+    if array.dtype == DTYPES["bfloat16"]:
+        return cupy.asarray(array.view(np.uint16)).view(array.dtype)
+    return cupy.asarray(array)
+
+
+def to_host(array: cupy.ndarray) -> np.ndarray:
+    return array.view(cupy.uint16).get().view(array.dtype)
+
+
+def plans(format: str, dtype: str, w: mc.QuantizedTensor, only_every: int) -> Iterator[Sm80Plan]:
+    """Every configuration for its own M and for one row more than a tile, tiles whole and shared in several ways."""
+    found = [
+        (largest_m, candidate)
+        for largest_m in sm80_gemm.CANDIDATES
+        for candidate in sm80_gemm.candidates(largest_m, w.layout, gpu())
+    ]
+    for largest_m, candidate in found[::only_every]:
+        for M in (max(1, largest_m - 3), candidate.config.tokens + 1):
+            plan = Sm80Plan.make(candidate, Problem(M, dtype, w.spec, gpu()))
+            steps = plan.grid.tiles * plan.grid.steps
+            for blocks in sorted({plan.grid.tiles, max(1, 2 * steps // 3), steps}):
+                yield dataclasses.replace(plan, grid=dataclasses.replace(plan.grid, blocks=blocks))
+
+
+def check_plans(format: str, dtype: str, only_every: int) -> tuple[int, int]:
+    """Numbers of launches with whole tiles and with shared ones."""
+    launches = [0, 0]
+    for K, N in SHAPES:
+        on_host = mc.quantize(gaussian(K, N, seed=K), format, GROUP_SIZE[format], scale_dtype=dtype)
+        w = on_host.to("cuda")
+        x, bias = rows((80, K), seed=N, dtype=dtype), rows((N,), seed=K, dtype=dtype)
+        exact = Product(*(part.astype(np.float64) for part in (x, on_host.dequantize("float32"), bias)))
+        for plan in plans(format, dtype, w, only_every):
+            x_gpu, bias_gpu = to_gpu(x[: plan.m]), to_gpu(bias)
+            out = cupy.asarray(np.full((plan.m, N), _NAN, np.uint16)).view(DTYPES[dtype])
+            plan.multiply(frameworks.of(x_gpu), x_gpu, w, bias_gpu, out)
+            exact.check(to_host(out).astype(np.float64), dtype, format, gpu=True, case=f"{format} {dtype} {plan}")
+            launches[plan.grid.is_cut] += 1
+    return launches[0], launches[1]
+
+
+def check_addresses() -> int:
+    """Rows of x and out that start anywhere, through the public function."""
+    launches = 0
+    for K, N in SHAPES:
+        w = mc.quantize(gaussian(K, N, seed=K)).to("cuda")
+        exact_weights = w.to("cpu").dequantize("float32").astype(np.float64)
+        wide = rows((9, K + 9), seed=N, dtype="float16")
+        for start in (0, 1, 8):
+            x = to_gpu(wide)[:, start : start + K]
+            out = cupy.asarray(np.full((9, N + 5), _NAN, np.uint16)).view(np.float16)[:, start % 4 : start % 4 + N]
+            mc.matmul(x, w, out=out)
+            product = Product(wide[:, start : start + K].astype(np.float64), exact_weights)
+            product.check(to_host(out.copy()).astype(np.float64), "float16", gpu=True, case=f"start={start}")
+            launches += 1
+    return launches
+
+
+def main() -> None:
+    start = time.perf_counter()
+    whole = shared = 0
+    for index, format in enumerate(FORMATS):
+        for dtype in HALF if format == "int4" else (HALF[index % 2],):
+            counts = check_plans(format, dtype, only_every=1 if format == "int4" and dtype == "float16" else 3)
+            whole, shared = whole + counts[0], shared + counts[1]
+    others = check_addresses()
+    assert whole, "no launch with whole tiles"
+    assert shared, "no launch with shared tiles"
+    cupy.cuda.Device().synchronize()
+    took = time.perf_counter() - start
+    print(
+        f"right in {took:.1f} s: launches with whole tiles {whole}, with shared ones {shared}, odd addresses {others}"
+    )
+
+
+if __name__ == "__main__":
+    main()

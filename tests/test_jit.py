@@ -1,0 +1,473 @@
+"""Source, NVRTC, cache and bundle: every kernel compiled for every architecture, without a GPU."""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from cases import DTYPES, FORMATS, GPUS, HALF
+
+import marlin_cupy as mc
+from marlin_cupy import formats
+from marlin_cupy.device import Gpu
+from marlin_cupy.jit import cache
+from marlin_cupy.jit import compile as jit_compile
+from marlin_cupy.jit.launch import MAX_COUNTERS
+from marlin_cupy.jit.source import inline, source_root
+from marlin_cupy.kernels import Problem, sm80_gemm
+from marlin_cupy.tensor import Spec
+
+H200 = GPUS["sm_90a"]
+#: Smallest kernel that NVRTC builds: for the tests that are about the cache.
+TINY = 'extern "C" __global__ void tiny(int* y) { *y = 1; }\n'
+
+every_format = pytest.mark.parametrize("name", FORMATS)
+every_dtype = pytest.mark.parametrize("dtype", HALF)
+
+
+def spec(name: str = "int4", group_size: int = 128, scale_dtype: str = "float16") -> Spec:
+    return Spec(name, (4096, 4096), group_size, scale_dtype)
+
+
+def sources(spec: Spec, dtype: str, gpu: Gpu) -> list[str]:
+    """Every kernel that multiplies by a weight of ``spec`` on ``gpu``, each once."""
+    found = list(dict.fromkeys(text for _, text in sm80_gemm.variants(spec, dtype, gpu)))
+    assert found
+    return found
+
+
+@functools.cache
+def build(text: str, arch: str) -> jit_compile.Build:
+    found = jit_compile.compile(text, arch)
+    assert found.cubin[:4] == b"\x7fELF"
+    assert b"gemm" in found.cubin
+    assert 0 < found.registers <= 255
+    return found
+
+
+def configuration(text: str) -> str:
+    """The line of a source that says which configuration it is."""
+    return next(line for line in text.splitlines() if line.startswith("struct Config"))
+
+
+# ---- every kernel compiles
+
+
+@pytest.mark.parametrize("arch", GPUS)
+def test_every_kernel_compiles_for_every_architecture(arch: str) -> None:
+    for text in sources(spec(), "float16", GPUS[arch]):
+        build(text, arch)
+
+
+def test_an_architecture_can_be_named_without_its_own_instructions() -> None:
+    for arch in ("sm_90", "sm_100", "sm_120"):
+        build(sources(spec(), "bfloat16", GPUS["sm_86"])[0], arch)
+
+
+@every_dtype
+@pytest.mark.parametrize("arch", ["sm_80", "sm_90a"])
+def test_nothing_spills_at_the_default_group_size(arch: str, dtype: str) -> None:
+    found = {configuration(text): build(text, arch).spill_bytes for text in sources(spec(), dtype, GPUS[arch])}
+    assert not {config: spills for config, spills in found.items() if spills}
+
+
+@every_format
+@every_dtype
+def test_every_format_compiles(name: str, dtype: str) -> None:
+    for text in sources(spec(name), dtype, H200)[::2]:
+        build(text, "sm_90a")
+
+
+@every_format
+@pytest.mark.parametrize("group_size", [16, 32, 64, -1])
+def test_every_granule_compiles(name: str, group_size: int) -> None:
+    for dtype, scale_dtype in (HALF, HALF[::-1]):
+        for text in sources(spec(name, group_size, scale_dtype), dtype, H200)[1::5]:
+            build(text, "sm_90a")
+
+
+@every_format
+def test_what_a_small_gpu_runs_compiles_for_it(name: str) -> None:
+    for text in sources(spec(name), "float16", GPUS["sm_86"])[::3]:
+        build(text, "sm_86")
+
+
+@every_format
+@pytest.mark.parametrize("group_size", [16, 32, 64, 128])
+@pytest.mark.parametrize("arch", GPUS)
+def test_every_gpu_has_a_kernel_that_fits_for_every_m(name: str, group_size: int, arch: str) -> None:
+    gpu = GPUS[arch]
+    for m in (1, 8, 9, 16, 17, 32, 33, 64, 65, 1000):
+        fitting = sm80_gemm.candidates(m, spec(name, group_size).layout, gpu)
+        assert fitting, f"M={m}"
+        assert sm80_gemm.KERNEL.refuses(Problem(m, "float16", spec(name, group_size), gpu)) is None
+    for text in sources(spec(name, group_size), "float16", gpu):
+        reserved = re.search(r"SHARED_BYTES = (\d+);", text)
+        assert reserved is not None
+        assert int(reserved[1]) <= gpu.shared_per_block
+
+
+@pytest.mark.parametrize("arch", GPUS)
+def test_every_block_has_work_and_shared_tiles_have_counters(arch: str) -> None:
+    for K, N in ((1, 1), (128, 64), (333, 65), (4096, 4096), (28672, 8192), (8192, 57344), (65536, 64)):
+        layout = Spec("int4", (K, N), 128, "float16").layout
+        for m in (1, 8, 9, 64, 129, 1000, 100000):
+            for candidate in sm80_gemm.candidates(m, layout, GPUS[arch]):
+                grid = sm80_gemm.choose_grid(candidate, m, layout, GPUS[arch])
+                assert 1 <= grid.blocks <= grid.tiles * grid.steps
+                assert grid.tiles * candidate.config.rows * candidate.config.tokens >= m * N
+                assert grid.steps * candidate.config.k >= K
+                assert not grid.is_cut or grid.tiles <= MAX_COUNTERS
+
+
+def test_the_kernel_says_what_it_does_not_serve() -> None:
+    for dtype in (*DTYPES, "float64"):
+        refusal = sm80_gemm.KERNEL.refuses(Problem(1, dtype, spec(), H200))
+        assert (refusal is None) == (dtype in HALF)
+        if refusal is not None:
+            assert dtype in refusal
+    old = Gpu(0, "an old GPU", "sm_75", 40, 65536, 65536, 4 << 20)
+    assert "sm_75" in str(sm80_gemm.KERNEL.refuses(Problem(1, "float16", spec(), old)))
+    assert "host memory" in str(sm80_gemm.KERNEL.refuses(Problem(1, "float16", spec(), None)))
+
+
+# ---- what the compiler says
+
+
+class FakeNvrtc:
+    """Builds anything; its log is given."""
+
+    class NVRTCError(Exception):
+        pass
+
+    def __init__(self, log: str, cubin: bytes) -> None:
+        self.log = log
+        self.cubin = cubin
+        self.live = 0
+
+    def createProgram(self, *_: Any) -> int:
+        self.live += 1
+        return 1
+
+    def compileProgram(self, *_: Any) -> None:
+        pass
+
+    def getProgramLog(self, _: int) -> str:
+        return self.log
+
+    def getCUBIN(self, _: int) -> bytes:
+        return self.cubin
+
+    def destroyProgram(self, _: int) -> None:
+        self.live -= 1
+
+    def getVersion(self) -> tuple[int, int]:
+        return 13, 0
+
+
+@pytest.fixture
+def fake_nvrtc(monkeypatch: pytest.MonkeyPatch) -> Any:
+    cubin = jit_compile.compile(TINY, "sm_90a").cubin
+
+    def install(log: str) -> FakeNvrtc:
+        fake = FakeNvrtc(log, cubin)
+        monkeypatch.setattr(jit_compile, "_nvrtc", lambda: fake)
+        return fake
+
+    return install
+
+
+_USAGE = "ptxas info    : Used 40 registers, used 1 barriers\n"
+_NO_SPILLS = "    0 bytes stack frame, 0 bytes spill stores, 0 bytes spill loads\n"
+
+
+def test_registers_and_spills_are_read_from_the_log(fake_nvrtc: Any) -> None:
+    fake = fake_nvrtc(_USAGE + "    16 bytes stack frame, 12 bytes spill stores, 8 bytes spill loads\n")
+    found = jit_compile.compile(TINY, "sm_90a")
+    assert (found.registers, found.spill_bytes) == (40, 20)
+    assert fake.live == 0
+    fake_nvrtc(_USAGE + _NO_SPILLS)
+    assert jit_compile.compile(TINY, "sm_90a").spill_bytes == 0
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "ptxas info    : (C7508) Potential Performance Loss: wgmma.mma_async instructions are serialized due to "
+        "insufficient register resources for the wgmma pipeline in function 'gemm'",
+        "ptxas info    : (C7510) Potential Performance Loss: wgmma.mma_async instructions are serialized due to "
+        "non wgmma instructions defining accumulator registers of a wgmma between start and end of the pipeline stage",
+        "ptxas info    : (C7512) Potential Performance Loss: wgmma.mma_async instructions are serialized due to the "
+        "presence of Extern calls in the function 'gemm'",
+        "ptxas info    : setmaxnreg ignored to maintain minimum register requirements.",
+    ],
+    ids=["C7508", "C7510", "C7512", "setmaxnreg"],
+)
+def test_a_build_that_would_be_slow_fails(fake_nvrtc: Any, line: str) -> None:
+    fake = fake_nvrtc(_USAGE + line + "\n" + _NO_SPILLS)
+    with pytest.raises(mc.CompileError) as caught:
+        jit_compile.compile(TINY, "sm_90a")
+    assert "sm_90a" in str(caught.value)
+    assert line in str(caught.value)
+    assert fake.live == 0
+
+
+def test_an_error_carries_the_log_of_nvrtc() -> None:
+    with pytest.raises(mc.CompileError) as caught:
+        jit_compile.compile("int f() { return undefined_name; }", "sm_80")
+    for part in ("sm_80", "undefined_name", "marlin_cupy.cu", "NVRTC " + jit_compile.nvrtc_version()):
+        assert part in str(caught.value)
+
+
+@pytest.mark.parametrize("arch", ["sm_20", "sm_999"])
+def test_an_architecture_that_nvrtc_does_not_know_is_a_compile_error(arch: str) -> None:
+    with pytest.raises(mc.CompileError, match=arch):
+        jit_compile.compile(TINY, arch)
+
+
+# ---- the source
+
+
+@every_format
+def test_the_source_stands_alone(name: str) -> None:
+    for text in sources(spec(name), "bfloat16", H200):
+        code = re.sub(r"//[^\n]*", "", text)
+        assert "#include" not in code
+        assert "#pragma once" not in code
+        assert str(source_root()) not in text
+        assert str(Path.home()) not in text
+        assert "/tmp" not in text
+        assert text.isascii()
+
+
+def test_each_file_is_inlined_once() -> None:
+    text = inline('#include "kernels/sm80_gemm.cuh"\n#include "ptx/types.cuh"')
+    banners = re.findall(r"^// ---- (\S+)$", text, re.MULTILINE)
+    assert len(banners) == len(set(banners))
+    assert "ptx/types.cuh" in banners
+
+
+def test_a_missing_file_is_an_error() -> None:
+    with pytest.raises(FileNotFoundError, match=r"no_such_file\.cuh"):
+        inline('#include "no_such_file.cuh"')
+
+
+def run_python(script: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    root = str(Path(mc.__file__).parents[1])
+    return subprocess.run(
+        [sys.executable, "-c", script],
+        env={**os.environ, "PYTHONPATH": root, **environment},
+        capture_output=True,
+        text=True,
+        check=True,
+        timeout=120,
+    )
+
+
+def test_two_processes_make_the_same_source() -> None:
+    script = (
+        "import hashlib\n"
+        "from marlin_cupy import formats\n"
+        "from marlin_cupy.device import Gpu\n"
+        "from marlin_cupy.kernels import sm80_gemm\n"
+        "from marlin_cupy.tensor import Spec\n"
+        f"gpu = {H200!r}\n"
+        "digest = hashlib.sha256()\n"
+        "for name in formats.names():\n"
+        "    for variant, text in sm80_gemm.variants(Spec(name, (4096, 4096), 64, 'bfloat16'), 'float16', gpu):\n"
+        "        digest.update((variant + text).encode())\n"
+        "print(digest.hexdigest())\n"
+    )
+    digest = hashlib.sha256()
+    for name in formats.names():
+        for variant, text in sm80_gemm.variants(spec(name, 64, "bfloat16"), "float16", H200):
+            digest.update((variant + text).encode())
+    found = {run_python(script, PYTHONHASHSEED=seed).stdout.strip() for seed in ("1", "2")}
+    assert found == {digest.hexdigest()}
+
+
+def test_the_source_depends_on_what_the_kernel_is_built_for_and_on_nothing_else() -> None:
+    described = [
+        (name, group_size, scale_dtype, dtype)
+        for name in FORMATS
+        for group_size in (16, 128)
+        for scale_dtype in HALF
+        for dtype in HALF
+    ]
+    found = {key: set(sources(spec(*key[:3]), key[3], H200)) for key in described}
+    assert len(set.union(*found.values())) == sum(map(len, found.values()))
+    other_shape = Spec("int4", (512, 77), 128, "float16")  # shapes are arguments: one build serves all
+    assert set(sources(other_shape, "float16", H200)) == found["int4", 128, "float16", "float16"]
+    one_group = Spec("int4", (512, 77), -1, "float16")  # and so does one granule
+    assert set(sources(one_group, "float16", H200)) == found["int4", 128, "float16", "float16"]
+
+
+# ---- the cache
+
+
+@pytest.fixture
+def cache_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    folder = tmp_path / "deep" / "cache"
+    monkeypatch.setenv(cache.CACHE_VARIABLE, str(folder))
+    return folder
+
+
+@pytest.fixture
+def never_compile(monkeypatch: pytest.MonkeyPatch) -> Any:
+    def forbid() -> None:
+        def fail(source: str, arch: str) -> jit_compile.Build:
+            raise AssertionError("compiled, although the cubin is there")
+
+        monkeypatch.setattr(jit_compile, "compile", fail)
+
+    return forbid
+
+
+def only_entry(folder: Path) -> Path:
+    (entry,) = folder.iterdir()
+    return entry
+
+
+def test_the_second_call_reads_from_disk(cache_folder: Path, never_compile: Any) -> None:
+    first = jit_compile.cubin("tiny", TINY, "sm_80")
+    entry = only_entry(cache_folder)
+    assert re.fullmatch(r"tiny-sm_80-[0-9a-f]{32}\.cubin", entry.name)
+    assert cache.size(cache_folder) == (1, entry.stat().st_size)
+    never_compile()
+    assert jit_compile.cubin("tiny", TINY, "sm_80") == first
+
+
+def test_anything_that_matters_changes_the_entry(cache_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    jit_compile.cubin("tiny", TINY, "sm_80")
+    jit_compile.cubin("tiny", TINY + "// changed\n", "sm_80")
+    jit_compile.cubin("tiny", TINY, "sm_86")
+    assert cache.size(cache_folder)[0] == 3
+    monkeypatch.setattr(jit_compile, "nvrtc_version", lambda: "99.0")
+    jit_compile.cubin("tiny", TINY, "sm_80")
+    assert cache.size(cache_folder)[0] == 4
+    assert cache.key("ab", "c") != cache.key("a", "bc")
+
+
+@pytest.mark.parametrize(
+    "damage", ["empty", "half", "one byte short", "first byte", "middle byte", "last byte", "folder"]
+)
+def test_a_damaged_entry_is_rebuilt(cache_folder: Path, damage: str, never_compile: Any) -> None:
+    first = jit_compile.cubin("tiny", TINY, "sm_80")
+    entry = only_entry(cache_folder)
+    good = entry.read_bytes()
+    flips = {"first byte": 0, "middle byte": len(good) // 2, "last byte": -1}
+    cuts = {"empty": 0, "half": len(good) // 2, "one byte short": -1}
+    if damage == "folder":
+        entry.unlink()
+        entry.mkdir()
+        assert jit_compile.cubin("tiny", TINY, "sm_80") == first  # cannot be replaced; costs a compilation
+        return
+    damaged = bytearray(good)
+    if damage in flips:
+        damaged[flips[damage]] ^= 1
+    else:
+        del damaged[cuts[damage] :]
+    entry.write_bytes(damaged)
+    assert jit_compile.cubin("tiny", TINY, "sm_80") == first
+    assert only_entry(cache_folder).read_bytes() == good
+    never_compile()
+    assert jit_compile.cubin("tiny", TINY, "sm_80") == first
+
+
+def test_a_cache_that_cannot_be_written_is_tolerated(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "file").write_text("no folder can be made below this")
+    monkeypatch.setenv(cache.CACHE_VARIABLE, str(tmp_path / "file" / "cache"))
+    assert jit_compile.cubin("tiny", TINY, "sm_80") == jit_compile.compile(TINY, "sm_80").cubin
+    assert cache.size(cache.cache_dir()) == (0, 0)
+    assert os.listdir(tmp_path) == ["file"]
+
+
+def test_where_the_cache_is(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "xdg"))
+    monkeypatch.setenv(cache.CACHE_VARIABLE, str(tmp_path / "named"))
+    assert cache.cache_dir() == tmp_path / "named"
+    monkeypatch.delenv(cache.CACHE_VARIABLE)
+    assert cache.cache_dir() == tmp_path / "xdg" / "marlin_cupy"
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert cache.cache_dir() == tmp_path / ".cache" / "marlin_cupy"
+
+
+def test_eight_processes_share_a_cache(cache_folder: Path, tmp_path: Path, never_compile: Any) -> None:
+    text = sources(spec(), "float16", H200)[0]
+    cache_folder.mkdir(parents=True)
+    source_file = cache_folder.parent / "kernel.cu"
+    source_file.write_text(text)
+    ready = tmp_path / "ready"  # all start together, however long their imports take
+    ready.mkdir()
+    script = (
+        "import hashlib, os, pathlib, sys, time\n"
+        "from marlin_cupy.jit.compile import cubin, nvrtc_version\n"
+        "nvrtc_version()\n"
+        f"ready = pathlib.Path({str(ready)!r})\n"
+        "(ready / str(os.getpid())).touch()\n"
+        "while len(os.listdir(ready)) < 8:\n"
+        "    time.sleep(0.005)\n"
+        f"text = pathlib.Path({str(source_file)!r}).read_text()\n"
+        "for round in range(3):\n"
+        "    print(hashlib.sha256(cubin('gemm', text, 'sm_90a')).hexdigest())\n"
+    )
+    environment = {**os.environ, "PYTHONPATH": str(Path(mc.__file__).parents[1])}
+    processes = [
+        subprocess.Popen(
+            [sys.executable, "-c", script], env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        )
+        for _ in range(8)
+    ]
+    outputs = [process.communicate(timeout=120) for process in processes]
+    assert [process.returncode for process in processes] == [0] * 8, [errors for _, errors in outputs]
+    entry = only_entry(cache_folder)  # no temporary file is left
+    assert entry.name.startswith("gemm-sm_90a-")
+    never_compile()
+    found = hashlib.sha256(jit_compile.cubin("gemm", text, "sm_90a")).hexdigest()
+    assert {line for output, _ in outputs for line in output.split()} == {found}
+
+
+# ---- bundles
+
+
+def test_a_bundle_serves_without_compiling(
+    cache_folder: Path, tmp_path: Path, never_compile: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bundle = tmp_path / "bundle"
+    path = jit_compile.add_to_bundle(bundle, "tiny", TINY, "sm_90a")
+    assert path.parent == bundle
+    assert os.listdir(bundle) == [path.name]
+    expected = jit_compile.compile(TINY, "sm_90a").cubin
+
+    never_compile()
+    monkeypatch.setenv(cache.CACHE_VARIABLE, str(tmp_path / "another machine"))
+    monkeypatch.setenv(cache.BUNDLE_VARIABLE, str(bundle))
+    monkeypatch.setattr(jit_compile, "nvrtc_version", lambda: "99.0")  # or none at all
+    assert jit_compile.cubin("tiny", TINY, "sm_90a") == expected
+    assert not (tmp_path / "another machine").exists()
+    with pytest.raises(AssertionError, match="compiled"):
+        jit_compile.cubin("tiny", TINY, "sm_80")
+
+
+def test_a_damaged_bundle_is_not_used(cache_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = jit_compile.add_to_bundle(tmp_path / "bundle", "tiny", TINY, "sm_90a")
+    expected = jit_compile.cubin("tiny", TINY, "sm_90a")
+    monkeypatch.setenv(cache.BUNDLE_VARIABLE, str(path.parent))
+    damaged = path.read_bytes()[:-1]
+    path.write_bytes(damaged)
+    assert jit_compile.cubin("tiny", TINY, "sm_90a") == expected
+    assert path.read_bytes() == damaged  # bundles are never written
+
+
+def test_a_bundle_that_cannot_be_written_is_an_error(cache_folder: Path, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(OSError, match=r"cannot write .*file.* choose a folder"):
+        jit_compile.add_to_bundle(tmp_path / "file" / "bundle", "tiny", TINY, "sm_80")

@@ -1,0 +1,488 @@
+"""QuantizedTensor on the CPU: made from any array library, unpacked, updated, saved and loaded."""
+
+from __future__ import annotations
+
+import json
+import os
+import struct
+import tracemalloc
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import pytest
+import safetensors.numpy
+from cases import DTYPES, FORMATS, HALF, gaussian, rows
+
+import marlin_cupy as mc
+from marlin_cupy import tensor
+from marlin_cupy.device import CPU
+
+every_format = pytest.mark.parametrize("name", FORMATS)
+
+
+def jax_on_cpu(array: np.ndarray) -> jax.Array:
+    return jax.device_put(array, jax.local_devices(backend="cpu")[0])
+
+
+class OnlyDlpack:
+    """An array of a library that nobody knows: DLPack is all it has."""
+
+    def __init__(self, array: Any) -> None:
+        self._array = array
+
+    def __dlpack__(self, **options: Any) -> Any:
+        return self._array.__dlpack__(**options)
+
+    def __dlpack_device__(self) -> tuple[int, int]:
+        return self._array.__dlpack_device__()
+
+
+def assert_same_weight(found: mc.QuantizedTensor, expected: mc.QuantizedTensor) -> None:
+    assert found.spec == expected.spec
+    np.testing.assert_array_equal(np.asarray(found.packed), np.asarray(expected.packed))
+
+
+# ---- quantize and dequantize
+
+
+@every_format
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_quantize_takes_every_dtype_and_library(name: str, dtype: str) -> None:
+    weight = gaussian(200, 70, seed=1, dtype=dtype)
+    w = mc.quantize(weight, name)
+    assert w.shape == (200, 70)
+    assert w.format == name
+    assert w.group_size == mc.tensor.formats.get(name).default_group_size
+    assert w.scale_dtype == (dtype if dtype in HALF else "float16")
+    assert w.device == CPU
+    assert isinstance(w.packed, np.ndarray)
+    assert_same_weight(mc.quantize(jax_on_cpu(weight), name), w)
+    if dtype != "bfloat16":  # NumPy's DLPack has no bfloat16
+        assert_same_weight(mc.quantize(OnlyDlpack(weight), name), w)
+
+
+@every_format
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_quantize_takes_any_strides(name: str, dtype: str) -> None:
+    weight = gaussian(200, 70, seed=2, dtype=dtype)
+    expected = mc.quantize(weight, name, 64)
+    transposed = np.ascontiguousarray(weight.T)  # as PyTorch's Linear holds it
+    wide = np.zeros((400, 210), weight.dtype)
+    wide[::2, ::3] = weight
+    for strided in (transposed.T, np.asfortranarray(weight), wide[::2, ::3], weight[::-1].copy()[::-1]):
+        assert_same_weight(mc.quantize(strided, name, 64), expected)
+
+
+def test_quantize_leaves_the_weight_alone() -> None:
+    weight = gaussian(100, 65, seed=3)
+    kept = weight.copy()
+    weight.setflags(write=False)
+    mc.quantize(weight, "uint4", search="mse")
+    np.testing.assert_array_equal(weight, kept)
+
+
+def test_a_subclass_of_an_array_type_is_an_array() -> None:
+    class Named(np.ndarray):
+        pass
+
+    weight = gaussian(100, 65, seed=4)
+    w = mc.quantize(weight.view(Named))
+    assert_same_weight(w, mc.quantize(weight))
+    x = rows((3, 100), 5, "float16")
+    np.testing.assert_array_equal(np.asarray(mc.matmul(x.view(Named), w)), mc.matmul(x, w))
+
+
+@every_format
+def test_the_scale_dtype_can_be_chosen(name: str) -> None:
+    weight = gaussian(128, 64, seed=6, dtype="float16")
+    w = mc.quantize(weight, name, scale_dtype="bfloat16")
+    assert w.scale_dtype == "bfloat16"
+    assert w.unpack().scales.dtype == DTYPES["bfloat16"]
+
+
+@every_format
+def test_groups_longer_than_the_weight_are_one_group(name: str) -> None:
+    weight = gaussian(100, 65, seed=7)
+    one_group = mc.quantize(weight, name, -1)
+    for group_size in (112, 128, 4096, 16 << 40):
+        w = mc.quantize(weight, name, group_size)
+        assert w.unpack().scales.shape == (1, 65)
+        np.testing.assert_array_equal(w.dequantize("float32"), one_group.dequantize("float32"))
+
+
+@every_format
+def test_dequantize_rounds_once_to_any_dtype(name: str) -> None:
+    w = mc.quantize(gaussian(200, 70, seed=8, dtype="bfloat16"), name, 48)
+    exact = w.dequantize("float32")
+    assert exact.dtype == np.float32
+    assert exact.shape == (200, 70)
+    for dtype in HALF:
+        rounded = w.dequantize(dtype)
+        assert rounded.dtype == DTYPES[dtype]
+        np.testing.assert_array_equal(rounded, exact.astype(DTYPES[dtype]))
+        np.testing.assert_array_equal(mc.dequantize(w, dtype), rounded)
+    assert w.dequantize().dtype == DTYPES["bfloat16"]  # that of the scales
+
+
+@every_format
+def test_the_search_brings_the_weight_closer(name: str) -> None:
+    weight = gaussian(512, 64, seed=9)
+    error = {
+        search: np.linalg.norm(mc.quantize(weight, name, 128, search=search).dequantize("float32") - weight)
+        for search in ("absmax", "mse")
+    }
+    assert error["mse"] <= error["absmax"]
+
+
+# ---- unpack and pack
+
+
+@every_format
+@pytest.mark.parametrize("scale_dtype", HALF)
+@pytest.mark.parametrize("group_size", [-1, 48, 128])
+def test_pack_inverts_unpack(name: str, scale_dtype: str, group_size: int) -> None:
+    w = mc.quantize(gaussian(200, 70, seed=10), name, group_size, scale_dtype=scale_dtype)
+    codes, scales, zero_points = w.unpack()
+    assert codes.dtype == np.uint8
+    assert codes.shape == (200, 70)
+    assert scales.shape == (1 if group_size == -1 else -(-200 // group_size), 70)
+    assert_same_weight(mc.pack(codes, scales, zero_points, format=name, group_size=group_size), w)
+
+
+@pytest.mark.parametrize("dtype", [np.uint8, np.int32, np.int64, np.float32, np.float16])
+def test_zero_points_come_in_any_numeric_dtype(dtype: type) -> None:
+    w = mc.quantize(gaussian(200, 70, seed=11), "uint4", 64)
+    codes, scales, zero_points = w.unpack()
+    assert zero_points is not None
+    again = mc.pack(codes, scales, zero_points.astype(dtype), format="uint4", group_size=64)
+    assert_same_weight(again, w)
+
+
+def test_codes_mean_what_the_docstrings_say() -> None:
+    """int4: code - 8 times scale; uint4: code - zero point; int8: code - 128; nf4: QLoRA's table."""
+    codes = np.arange(16, dtype=np.uint8)[:, None]
+    scales = np.full((1, 1), 0.5, np.float16)
+    k = np.arange(16, dtype=np.float32)[:, None]
+
+    def values(format: str, zero_points: Any = None) -> np.ndarray:
+        return mc.pack(codes, scales, zero_points, format=format, group_size=16).dequantize("float32")
+
+    np.testing.assert_array_equal(values("int4"), (k - 8) / 2)
+    np.testing.assert_array_equal(values("int8"), (k - 128) / 2)
+    np.testing.assert_array_equal(values("uint4", np.full((1, 1), 3)), (k - 3) / 2)
+    np.testing.assert_array_equal(values("nf4")[[0, 7, 15], 0], [-0.5, 0, 0.5])
+
+
+# ---- the description
+
+
+@every_format
+def test_nbytes_and_repr(name: str) -> None:
+    w = mc.quantize(gaussian(200, 70, seed=12), name, 64)
+    assert w.nbytes == w.packed.nbytes
+    for part in (name, "K=200", "N=70", "group_size=64", "float16", "cpu", str(w.nbytes)):
+        assert part in repr(w)
+
+
+def test_a_tensor_can_be_made_of_a_spec_and_a_buffer() -> None:
+    w = mc.quantize(gaussian(200, 70, seed=13))
+    again = mc.QuantizedTensor(w.spec, w.packed)
+    assert again.packed is w.packed
+    assert_same_weight(again, w)
+
+
+# ---- to
+
+
+def test_moving_to_numpy_shares_memory_and_to_jax_keeps_the_contents() -> None:
+    w = mc.quantize(gaussian(200, 70, seed=14))
+    assert w.to("numpy").packed is w.packed
+    assert np.shares_memory(w.to("cpu").packed, w.packed)
+    in_jax = w.to("jax")
+    assert isinstance(in_jax.packed, jax.Array)
+    assert_same_weight(in_jax, w)
+    assert_same_weight(in_jax.to("numpy"), w)
+    assert isinstance(in_jax.dequantize(), jax.Array)
+    x = rows((3, 200), 15, "float16")
+    np.testing.assert_array_equal(mc.matmul(x, in_jax), mc.matmul(x, w))
+
+
+# ---- update_
+
+
+@every_format
+@pytest.mark.parametrize("search", ["absmax", "mse"])
+def test_update_writes_into_the_same_memory(name: str, search: str) -> None:
+    w = mc.quantize(gaussian(200, 70, seed=16), name, 64)
+    address = w.packed.ctypes.data
+    other = gaussian(200, 70, seed=17)
+    assert w.update_(other, search) is w
+    assert w.packed.ctypes.data == address
+    assert_same_weight(w, mc.quantize(other, name, 64, search=search))
+    w.update_(jax_on_cpu(other.astype(np.float16)))
+    assert_same_weight(w, mc.quantize(other.astype(np.float16), name, 64))
+
+
+def test_update_accepts_what_load_returns(tmp_path: Path) -> None:
+    mc.quantize(gaussian(200, 70, seed=18)).save(tmp_path / "w")
+    other = gaussian(200, 70, seed=19)
+    assert_same_weight(mc.load(tmp_path / "w").update_(other), mc.quantize(other))
+
+
+def bad_updates() -> dict[str, np.ndarray]:
+    weight = gaussian(200, 700, seed=20)
+    late_nan, infinite, too_large = weight.copy(), weight.copy(), weight.copy()
+    late_nan[199, 699] = np.nan
+    infinite[0, 690] = np.inf
+    too_large[5, 699] = 1e38
+    return {
+        "NaN in the last column": late_nan,
+        "infinity": infinite,
+        "beyond the scale dtype": too_large,
+        "shape": weight[:-1],
+        "rank": weight[None],
+        "dtype": weight.astype(np.float64),
+    }
+
+
+@pytest.mark.parametrize("reason", bad_updates())
+def test_a_refused_update_changes_nothing(reason: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    w = mc.quantize(gaussian(200, 700, seed=21))
+    before = w.packed.copy()
+    monkeypatch.setitem(tensor._BLOCK_WEIGHTS, "cpu", 64 * 200)  # many blocks: the bad value is in the last
+    with pytest.raises(ValueError):
+        w.update_(bad_updates()[reason])
+    with pytest.raises(ValueError, match="search"):
+        w.update_(gaussian(200, 700, seed=22), "best")
+    np.testing.assert_array_equal(w.packed, before)
+
+
+# ---- memory
+
+
+@every_format
+def test_blocks_cover_the_columns_within_the_memory_bound(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    K, N = 200, 330
+    whole = mc.quantize(gaussian(K, N, seed=23), name, 48)
+    expected = whole.dequantize("float32")
+    bound = 2 * 64 * K
+    monkeypatch.setitem(tensor._BLOCK_WEIGHTS, "cpu", bound)
+    blocks = list(whole.blocks())
+    assert [columns for columns, _ in blocks] == [slice(0, 128), slice(128, 256), slice(256, 330)]
+    for columns, values in blocks:
+        assert values.size <= bound
+        assert values.dtype == np.float32
+        np.testing.assert_array_equal(values, expected[:, columns])
+    np.testing.assert_array_equal(whole.dequantize("float32"), expected)
+    assert_same_weight(mc.quantize(gaussian(K, N, seed=23), name, 48), whole)  # quantized block by block
+    x = rows((7, K), 24, "float16")
+    in_blocks = mc.matmul(x, whole)
+    monkeypatch.undo()
+    np.testing.assert_allclose(in_blocks.astype(np.float32), mc.matmul(x, whole).astype(np.float32), rtol=2e-3)
+
+
+def test_no_whole_float32_copy_of_the_weight_is_made(monkeypatch: pytest.MonkeyPatch) -> None:
+    K, N = 1024, 4096
+    monkeypatch.setitem(tensor._BLOCK_WEIGHTS, "cpu", K * 64)
+    weight = np.ones((K, N), np.float16)
+    x = np.ones((2, K), np.float16)
+
+    def peak(work: Any) -> int:
+        tracemalloc.start()
+        kept = work()
+        size = tracemalloc.get_traced_memory()[1]
+        tracemalloc.stop()
+        assert kept is not None
+        return size
+
+    whole_copy = 4 * K * N
+    assert peak(lambda: mc.quantize(weight)) < whole_copy / 3  # the packed weight itself is an eighth
+    w = mc.quantize(weight)
+    assert peak(lambda: mc.matmul(x, w)) < whole_copy / 4
+    assert peak(lambda: w.dequantize("float16")) < whole_copy * 3 / 4  # the result itself is a half
+
+
+# ---- save and load
+
+
+@pytest.fixture
+def saved(tmp_path: Path) -> Path:
+    path = tmp_path / "weight.safetensors"
+    mc.quantize(gaussian(40, 20, seed=25), "uint4", 16).save(path)
+    return path
+
+
+@every_format
+@pytest.mark.parametrize("group_size", [-1, 48, 128])
+def test_a_saved_weight_loads_bit_for_bit(name: str, group_size: int, tmp_path: Path) -> None:
+    w = mc.quantize(gaussian(200, 70, seed=26, dtype="bfloat16"), name, group_size)
+    path = tmp_path / "weight with spaces"
+    w.save(path)
+    assert_same_weight(mc.load(path), w)
+    assert_same_weight(mc.load(str(path), device="cpu"), w)
+    assert os.listdir(tmp_path) == [path.name]
+
+
+def test_saving_replaces_a_file(saved: Path) -> None:
+    other = mc.quantize(gaussian(100, 65, seed=27))
+    other.save(saved)
+    assert_same_weight(mc.load(saved), other)
+    other.to("jax").save(saved)
+    assert_same_weight(mc.load(saved), other)
+
+
+def test_any_tool_can_read_the_file(saved: Path) -> None:
+    tensors = safetensors.numpy.load_file(saved)
+    assert list(tensors) == ["packed"]
+    assert tensors["packed"].dtype == np.uint8
+
+
+def test_truncated_files_are_refused(saved: Path) -> None:
+    data = saved.read_bytes()
+    for size in sorted({0, 1, 7, 8, 9, len(data) - 1, *range(0, len(data), 41)}):
+        saved.write_bytes(data[:size])
+        with pytest.raises(mc.FileFormatError, match=saved.name):
+            mc.load(saved)
+    saved.write_bytes(data + b"\0")
+    with pytest.raises(mc.FileFormatError, match=saved.name):
+        mc.load(saved)
+
+
+@pytest.mark.parametrize("flip", [0x01, 0x20, 0x80])
+def test_flipped_bits_are_noticed(saved: Path, flip: int) -> None:
+    data = saved.read_bytes()
+    start_of_data = 8 + struct.unpack("<Q", data[:8])[0]
+    for place in [*range(start_of_data), *range(start_of_data, len(data), 37), len(data) - 1]:
+        damaged = bytearray(data)
+        damaged[place] ^= flip
+        saved.write_bytes(damaged)
+        with pytest.raises(mc.FileFormatError, match=saved.name):
+            mc.load(saved)
+
+
+def rewritten(path: Path, changes: dict[str, Any]) -> None:
+    """Change the description in a file, as an editor would: the checksum stays."""
+    with safetensors.safe_open(path, framework="numpy") as file:
+        description = json.loads(file.metadata()["marlin_cupy"])
+        packed = file.get_tensor("packed")
+    description |= changes
+    description = {key: value for key, value in description.items() if value is not None}
+    safetensors.numpy.save_file({"packed": packed}, path, metadata={"marlin_cupy": json.dumps(description)})
+
+
+@pytest.mark.parametrize(
+    ("changes", "fragments"),
+    [
+        ({}, None),
+        ({"shape": [40, 21]}, ["checksum"]),
+        ({"shape": [20, 40]}, ["checksum"]),
+        ({"shape": [400, 20]}, ["shape"]),
+        ({"shape": [40]}, []),
+        ({"shape": [40, 20, 1]}, []),
+        ({"shape": [0, 20]}, ["shape"]),
+        ({"shape": [-40, 20]}, ["shape"]),
+        ({"shape": [10**30, 20]}, ["shape"]),
+        ({"shape": [float("inf"), 20]}, []),
+        ({"shape": "40"}, []),
+        ({"shape": None}, ["shape"]),
+        ({"format": "int5"}, ["int5", "int4"]),
+        ({"format": "int4"}, ["shape"]),
+        ({"format": None}, ["format"]),
+        ({"group_size": 15}, ["15"]),
+        ({"group_size": 32}, ["shape|checksum"]),
+        ({"scale_dtype": "bfloat16"}, ["checksum"]),
+        ({"scale_dtype": "float32"}, ["float32"]),
+        ({"version": 2}, ["version 2", "upgrade"]),
+        ({"version": 10**20}, ["version", "upgrade"]),
+        ({"version": 0}, ["checksum"]),
+        ({"version": float("inf")}, []),
+        ({"version": "new"}, ["metadata"]),
+        ({"version": None}, ["metadata", "version"]),
+        ({"sha256": "0" * 64}, ["checksum"]),
+        ({"sha256": None}, ["checksum"]),
+        ({"extra": 1}, ["checksum"]),
+    ],
+    ids=str,
+)
+def test_an_edited_description_is_refused(saved: Path, changes: dict[str, Any], fragments: list[str] | None) -> None:
+    rewritten(saved, changes)
+    if fragments is None:  # the edit that changes nothing shows that the others are refused for their change
+        mc.load(saved)
+        return
+    with pytest.raises(mc.FileFormatError) as caught:
+        mc.load(saved)
+    for fragment in [saved.name, *fragments]:
+        assert any(part in str(caught.value) for part in fragment.split("|"))
+
+
+@pytest.mark.parametrize("contents", ["", "[1, 2]", "{", "null", '"x"', "{}"])
+def test_a_description_that_is_none_is_refused(saved: Path, contents: str) -> None:
+    safetensors.numpy.save_file({"packed": np.zeros(4, np.uint8)}, saved, metadata={"marlin_cupy": contents})
+    with pytest.raises(mc.FileFormatError, match=r"metadata.*\.$"):
+        mc.load(saved)
+
+
+def test_other_safetensors_files_are_refused(tmp_path: Path) -> None:
+    path = tmp_path / "other"
+    safetensors.numpy.save_file({"weight": np.zeros((4, 4), np.float32)}, path)
+    with pytest.raises(mc.FileFormatError, match="no marlin_cupy weight"):
+        mc.load(path)
+    safetensors.numpy.save_file({"packed": np.zeros((1, 1, 4224), np.uint8)}, path)
+    with pytest.raises(mc.FileFormatError, match="no marlin_cupy weight"):
+        mc.load(path)
+
+
+@pytest.mark.parametrize("dtype", ["BF16", "F8_E4M3", "I64", "BOOL"])
+def test_a_packed_tensor_of_another_dtype_is_refused(saved: Path, dtype: str) -> None:
+    data = saved.read_bytes()
+    length = struct.unpack("<Q", data[:8])[0]
+    header = json.loads(data[8 : 8 + length])
+    size = {"BF16": 2, "I64": 8}.get(dtype, 1)
+    header["packed"]["dtype"] = dtype
+    header["packed"]["shape"][-1] //= size
+    text = json.dumps(header).encode()
+    saved.write_bytes(struct.pack("<Q", len(text)) + text + data[8 + length :])
+    with pytest.raises(mc.FileFormatError, match=saved.name):
+        mc.load(saved)
+
+
+def test_files_that_are_not_there_or_no_safetensors(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match="nowhere"):
+        mc.load(tmp_path / "nowhere")
+    with pytest.raises(FileNotFoundError):
+        mc.load(tmp_path)  # a folder
+    for contents in (b"", b"hello", bytes(100), b"\xff" * 100, b"PK\x03\x04" + bytes(50)):
+        (tmp_path / "other").write_bytes(contents)
+        with pytest.raises(mc.FileFormatError, match="other"):
+            mc.load(tmp_path / "other")
+
+
+def test_saving_into_a_missing_folder_leaves_nothing(tmp_path: Path) -> None:
+    w = mc.quantize(gaussian(40, 20, seed=28))
+    with pytest.raises(FileNotFoundError, match=r"missing does not exist\.$"):
+        w.save(tmp_path / "missing" / "weight")
+    assert os.listdir(tmp_path) == []
+
+
+def test_a_failed_save_keeps_the_old_file_and_leaves_nothing(saved: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    kept = saved.read_bytes()
+
+    def disk_full(tensors: Any, path: Any, metadata: Any = None) -> None:
+        Path(path).write_bytes(b"half of")
+        raise OSError("No space left on device")
+
+    monkeypatch.setattr(safetensors.numpy, "save_file", disk_full)
+    with pytest.raises(OSError, match="No space left"):
+        mc.quantize(gaussian(40, 20, seed=29)).save(saved)
+    assert saved.read_bytes() == kept
+    assert os.listdir(saved.parent) == [saved.name]
+
+
+def test_saving_over_a_folder_fails_and_leaves_nothing(tmp_path: Path) -> None:
+    (tmp_path / "folder").mkdir()
+    with pytest.raises(OSError, match="folder"):
+        mc.quantize(gaussian(40, 20, seed=30)).save(tmp_path / "folder")
+    assert os.listdir(tmp_path) == ["folder"]
+    assert os.listdir(tmp_path / "folder") == []
