@@ -101,23 +101,12 @@ def info() -> None:
     console.print(table)
 
     try:
-        _print_line(f"NVRTC: {_nvrtc_version()}")
+        _print_line(f"NVRTC: {nvrtc.nvrtc_version()}")
     except MissingDependencyError as error:
         _print_line(f"NVRTC: none; {error}")
     _print_line(f"cache: {_folder(cache.cache_dir())}; {cache.CACHE_VARIABLE} moves it")
     bundle = cache.bundle_dir()
     _print_line(f"bundle: {_folder(bundle) if bundle else f'none; {cache.BUNDLE_VARIABLE} names one'}")
-
-
-def _nvrtc_version() -> str:
-    """Version of NVRTC, or a MissingDependencyError."""
-    try:
-        return nvrtc.nvrtc_version()
-    except RuntimeError as error:  # CuPy's loader found no libnvrtc
-        raise MissingDependencyError(
-            "compiling a kernel needs NVRTC, which CuPy does not find; "
-            "pip install 'marlin_cupy[cuda13]' (or [cuda12] for a CUDA 12 driver)."
-        ) from error
 
 
 def _folder(path: Path) -> str:
@@ -268,7 +257,7 @@ def compile_bundle(
     ] = None,
 ) -> None:
     """Compile every kernel for named architectures, GPU or not, into a folder that other machines can use."""
-    version = _nvrtc_version()
+    version = nvrtc.nvrtc_version()
     gpus = [_gpu_of_arch(name, version) for name in dict.fromkeys(arch)]
     sources = [(*source, each.arch) for each in gpus for source in variants(format, group_size, dtype, each)]
     output.mkdir(parents=True, exist_ok=True)

@@ -50,10 +50,7 @@ def matmul(x: Array, w: QuantizedTensor, bias: Array | None = None, out: Array |
         raise ValueError(f"x has shape {tuple(x.shape)} and the weight (K={K}, N={N}); x must be (..., {K}).")
     if bias is not None:
         bias = _checked(framework, bias, "bias", (N,), dtype, device)
-    if out is not None:
-        target = _checked(framework, out, "out", (*x.shape[:-1], N), dtype, device)
-    else:
-        target = None
+    target = None if out is None else _checked(framework, out, "out", (*x.shape[:-1], N), dtype, device)
 
     if device != w.device and (framework.name != "numpy" or w.device == CPU):
         raise DeviceError(

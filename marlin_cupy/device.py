@@ -20,6 +20,8 @@ _PACKAGES = [
     "cupy-cuda13x",
     "nvidia-cuda-nvrtc",
     "nvidia-cuda-nvrtc-cu12",
+    "nvidia-cuda-runtime",
+    "nvidia-cuda-runtime-cu12",
     "jax",
     "jaxlib",
     "torch",
@@ -125,7 +127,8 @@ def gpu_of_arch(arch: str) -> Gpu:
     """The facts about a typical GPU of an architecture, for compiling without one; ValueError for unknown ones."""
     number = arch.removeprefix("sm_").rstrip("af")
     if number not in _SHARED_OF_ARCH:
-        raise ValueError(f"arch is {arch!r}; known architectures are {', '.join(f'sm_{n}' for n in _SHARED_OF_ARCH)}.")
+        known = ", ".join(arch_of(*divmod(int(each), 10)) for each in _SHARED_OF_ARCH)
+        raise ValueError(f"arch is {arch!r}; known architectures are {known}.")
     shared_per_sm, sm_count = _SHARED_OF_ARCH[number]
     return Gpu(-1, f"any {arch}", arch, sm_count, shared_per_sm - 1024, shared_per_sm, 0)
 

@@ -8,6 +8,7 @@ import types
 from pathlib import Path
 from typing import Any
 
+import cupy
 import numpy
 import pytest
 from typer.testing import CliRunner
@@ -227,9 +228,11 @@ def test_without_the_extra_it_says_which(package: str) -> None:
 
 
 def test_nvrtc_missing(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    def missing() -> str:
+    def missing() -> tuple[int, int]:
         raise RuntimeError("no libnvrtc")
 
-    monkeypatch.setattr(compile, "nvrtc_version", missing)
+    monkeypatch.setattr(cupy.cuda.nvrtc, "getVersion", missing)
+    for cached in (compile._nvrtc, compile.nvrtc_version):
+        cached.cache_clear()
     assert "marlin_cupy[cuda13]" in run("compile", "--arch", "sm_80", "--output", tmp_path / "new", code=2)
     assert "NVRTC: none" in run("info")

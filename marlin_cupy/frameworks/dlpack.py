@@ -27,7 +27,7 @@ def to_native(array: Any, role: str) -> Any:
             return numpy.from_dlpack(array)
         if kind in _CUDA:
             return import_cupy(f"a {name} on a GPU").from_dlpack(array)
-    except (BufferError, TypeError) as error:
+    except (BufferError, RuntimeError, TypeError) as error:
         reason = str(error).rstrip(".")
         raise TypeError(
             f"{role} is a {name} that cannot be handed over through DLPack ({reason}); "

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from marlin_cupy.device import import_cupy
-from marlin_cupy.errors import CompileError
+from marlin_cupy.errors import CompileError, MissingDependencyError
 from marlin_cupy.jit import cache
 
 _OPTIONS = ("-std=c++17", "--ptxas-options=-v")
@@ -111,6 +111,13 @@ def _nvrtc() -> Any:
     from cupy.cuda import nvrtc
 
     _load_builtins()
+    try:
+        nvrtc.getVersion()
+    except RuntimeError as error:  # CuPy's loader found no libnvrtc
+        raise MissingDependencyError(
+            "compiling a kernel needs NVRTC, which CuPy does not find; "
+            "pip install 'marlin_cupy[cuda13]' (or [cuda12] for a CUDA 12 driver)."
+        ) from error
     return nvrtc
 
 
