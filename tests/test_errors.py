@@ -11,6 +11,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 from cases import FORMATS, gaussian, rows
+from only_dlpack import OnlyDlpack
 
 import marlin_cupy as mc
 from marlin_cupy import device, formats, frameworks, tensor
@@ -56,17 +57,6 @@ class OnAnotherDevice:
 
     def __dlpack_device__(self) -> tuple[int, int]:
         return 8, 0
-
-
-class OnlyDlpack:
-    def __init__(self, array: Any) -> None:
-        self._array = array
-
-    def __dlpack__(self, **options: Any) -> Any:
-        return self._array.__dlpack__(**options)
-
-    def __dlpack_device__(self) -> tuple[int, int]:
-        return self._array.__dlpack_device__()
 
 
 Row = tuple[str, Callable[[], Any], type[Exception], list[str]]

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from cases import HALF
 from gpu_arrays import activations, assert_same_bits, cut_and_whole, differences, to_host, weights
+from only_dlpack import OnlyDlpack
 
 import marlin_cupy as mc
 
@@ -137,19 +138,6 @@ def test_a_numpy_array_goes_to_the_gpu_and_comes_back(dtype: str) -> None:
         y = mc.matmul(strided, w, to_host(bias))  # copied on its way anyhow
         np.testing.assert_array_equal(y.view(np.uint16), expected.view(np.uint16))
     assert mc.matmul(to_host(x)[:0], w).shape == (0, 65)
-
-
-class OnlyDlpack:
-    """An array of a library that nobody knows: DLPack is all it has."""
-
-    def __init__(self, array: Any) -> None:
-        self._array = array
-
-    def __dlpack__(self, **options: Any) -> Any:
-        return self._array.__dlpack__(**options)
-
-    def __dlpack_device__(self) -> tuple[int, int]:
-        return self._array.__dlpack_device__()
 
 
 @every_dtype

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from cases import DTYPES, FORMATS, HALF, ROWS, SHAPES, gaussian, rows
+from only_dlpack import OnlyDlpack
 from product import Product
 
 import marlin_cupy as mc
@@ -23,19 +24,6 @@ def jax_on_cpu(array: np.ndarray) -> jax.Array:
 
 def float64(array: Any) -> np.ndarray:
     return np.asarray(array).astype(np.float64)
-
-
-class OnlyDlpack:
-    """An array of a library that nobody knows: DLPack is all it has."""
-
-    def __init__(self, array: Any) -> None:
-        self._array = array
-
-    def __dlpack__(self, **options: Any) -> Any:
-        return self._array.__dlpack__(**options)
-
-    def __dlpack_device__(self) -> tuple[int, int]:
-        return self._array.__dlpack_device__()
 
 
 @every_format

@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 import safetensors.numpy
 from cases import DTYPES, FORMATS, HALF, gaussian, rows
+from only_dlpack import OnlyDlpack
 
 import marlin_cupy as mc
 from marlin_cupy import tensor
@@ -24,19 +25,6 @@ every_format = pytest.mark.parametrize("name", FORMATS)
 
 def jax_on_cpu(array: np.ndarray) -> jax.Array:
     return jax.device_put(array, jax.local_devices(backend="cpu")[0])
-
-
-class OnlyDlpack:
-    """An array of a library that nobody knows: DLPack is all it has."""
-
-    def __init__(self, array: Any) -> None:
-        self._array = array
-
-    def __dlpack__(self, **options: Any) -> Any:
-        return self._array.__dlpack__(**options)
-
-    def __dlpack_device__(self) -> tuple[int, int]:
-        return self._array.__dlpack_device__()
 
 
 def assert_same_weight(found: mc.QuantizedTensor, expected: mc.QuantizedTensor) -> None:
