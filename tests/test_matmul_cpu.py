@@ -179,6 +179,24 @@ def test_sums_beyond_fp16_become_infinite_without_a_warning() -> None:
     assert (mc.matmul(-x, w) == -np.inf).all()
 
 
+@every_dtype
+def test_the_tolerance_notices_one_wrong_weight(dtype: str) -> None:
+    """What every comparison of these suites relies on: a code off by one, a NaN, a lost row do not pass."""
+    K, N = 4096, 65
+    w = mc.quantize(gaussian(K, N, seed=26))
+    x = rows((16, K), seed=27, dtype=dtype)
+    product = Product(float64(x), float64(w.dequantize("float32")))
+    good = mc.matmul(x, w)
+    product.check(float64(good), dtype)
+    codes, scales, _ = w.unpack()
+    codes[1234, 56] ^= 1
+    no_number, lost = good.copy(), good.copy()
+    no_number[3, 4], lost[5] = np.nan, 0
+    for bad in (mc.matmul(x, mc.pack(codes, scales, group_size=128)), no_number, lost, good[::-1]):
+        with pytest.raises(AssertionError, match="outputs are wrong"):
+            product.check(float64(bad), dtype)
+
+
 # ---- explain
 
 
