@@ -32,6 +32,8 @@ _METADATA_KEY = "marlin_cupy"
 _SEARCHES = ("absmax", "mse")
 #: Weights handled at once while quantizing and dequantizing: bounds scratch to a few times 4 bytes each.
 _BLOCK_WEIGHTS = {"cpu": 4 << 20, "cuda": 16 << 20}
+#: Below this float16 is subnormal with fewer significant bits than bfloat16.
+_COARSE_FLOAT16 = 2.0**-16
 _NUMPY_DTYPES = {
     FLOAT16: numpy.dtype(numpy.float16),
     BFLOAT16: numpy.dtype(ml_dtypes.bfloat16),
@@ -259,7 +261,7 @@ def quantize(
 
     Raises:
         TypeError: ``weight`` is no array. ValueError: wrong rank, dtype, group size, format or search,
-            non-finite weights, scales too large for ``scale_dtype``. DeviceError: no such device.
+            non-finite weights, scales too large or too small for ``scale_dtype``. DeviceError: no such device.
     """
     group_size = _checked_group_size(group_size, formats.get(format).default_group_size)
     native, dtype, largest = _checked_weight(weight, search)
@@ -460,13 +462,18 @@ def _checked_weight(weight: Array, search: str) -> tuple[Any, str, float]:
 
 
 def _check_range(spec: Spec, largest: float) -> None:
-    """ValueError if weights up to ``largest`` can need a scale beyond the scale dtype."""
+    """ValueError if the scale dtype cannot hold, or hardly holds, the scales of weights up to ``largest``."""
     extremes = numpy.asarray([[[largest], [-largest]]], dtype=numpy.float32)
     needed = float(formats.get(spec.format).fit(extremes, 1.0)[formats.SCALE].max())
     if needed > MAX[spec.scale_dtype]:
         raise ValueError(
             f"weights up to {largest:.3g} need scales up to {needed:.3g}, beyond {spec.scale_dtype}; "
             'use scale_dtype="bfloat16" or rescale the weight.'
+        )
+    if spec.scale_dtype == FLOAT16 and 0 < needed < _COARSE_FLOAT16:
+        raise ValueError(
+            f"weights up to {largest:.3g} need scales of {needed:.3g} at most, which float16 holds coarsely or not at "
+            'all; use scale_dtype="bfloat16" or rescale the weight.'
         )
 
 

@@ -109,6 +109,12 @@ QUANTIZE: list[Row] = [
         ValueError,
         ["3.4e+38", "bfloat16"],
     ),
+    (
+        "scales too small for fp16",
+        lambda: mc.quantize(WEIGHT * np.float32(1e-5)),
+        ValueError,
+        ["float16", "coarsely", 'scale_dtype="bfloat16"'],
+    ),
     ("another device", lambda: mc.quantize(OnAnotherDevice()), mc.DeviceError, ["OnAnotherDevice", "8", "CUDA"]),
 ]
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import hashlib
 import os
@@ -15,7 +16,7 @@ import pytest
 from cases import DTYPES, FORMATS, GPUS, HALF
 
 import marlin_cupy as mc
-from marlin_cupy import formats
+from marlin_cupy import formats, kernels
 from marlin_cupy.device import Gpu
 from marlin_cupy.jit import cache
 from marlin_cupy.jit import compile as jit_compile
@@ -112,6 +113,13 @@ def test_every_gpu_has_a_kernel_that_fits_for_every_m(name: str, group_size: int
         reserved = re.search(r"SHARED_BYTES = (\d+);", text)
         assert reserved is not None
         assert int(reserved[1]) <= gpu.shared_per_block
+
+
+def test_a_gpu_with_too_little_shared_memory_is_refused() -> None:
+    small = dataclasses.replace(GPUS["sm_86"], name="a small GPU", shared_per_block=16384, shared_per_sm=17408)
+    problem = Problem(1, "float16", spec("int4"), small)
+    with pytest.raises(mc.UnsupportedError, match="16384 bytes of a small GPU"):
+        kernels.choose(problem)
 
 
 @pytest.mark.parametrize("arch", GPUS)

@@ -16,8 +16,8 @@ Params = Mapping[str, Array]  # parameter name -> float32 (groups, columns)
 SCALE = "scale"
 ZERO_POINT = "zero_point"
 
-#: Shrink factors that the squared-error search tries, largest first: plain absmax is among them.
-SEARCH_GRID = tuple(1.0 - 0.02 * step for step in range(26))
+#: The squared-error search tries this many shrink factors, from 1 (plain absmax) down, a third of a code apart.
+SEARCH_STEPS = 26
 
 
 @dataclass(frozen=True)
@@ -78,14 +78,14 @@ class Format(ABC):
 
         Scales are rounded to ``scale_dtype`` before codes are chosen, so that each code is the nearest
         under the scale that is stored. ``search`` is "absmax", or "mse": per group, the shrink
-        factor of :data:`SEARCH_GRID` with the least squared error.
+        factor with the least squared error among SEARCH_STEPS.
         """
 
         def attempt(shrink: float) -> tuple[Array, dict[str, Array]]:
             params = {name: round_to(value, scale_dtype) for name, value in self.fit(weights, shrink).items()}
             return self.encode(weights, params), params
 
-        codes, params = attempt(SEARCH_GRID[0])
+        codes, params = attempt(1.0)
         if search == "absmax":
             return codes, params
         xp = namespace(weights)
@@ -95,8 +95,8 @@ class Format(ABC):
             return xp.sum(difference * difference, axis=1)
 
         error = squared_error(codes, params)
-        for shrink in SEARCH_GRID[1:]:
-            other_codes, other_params = attempt(shrink)
+        for step in range(1, SEARCH_STEPS):
+            other_codes, other_params = attempt(1.0 - step * 0.32 / 2**self.bits)
             other_error = squared_error(other_codes, other_params)
             better = other_error < error
             error = xp.where(better, other_error, error)

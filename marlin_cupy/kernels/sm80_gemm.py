@@ -277,8 +277,8 @@ class Sm80Plan(Plan):
             slabs_k,
             self.grid.tiles_m,
             self.grid.tiles,
-            x_pointer % 16 == 0 and x_stride % 8 == 0,
-            y_pointer % 8 == 0 and y_stride % 4 == 0,
+            x_pointer % 16 == 0 and (self.m == 1 or x_stride % 8 == 0),
+            y_pointer % 8 == 0 and (self.m == 1 or y_stride % 4 == 0),
         )
         self.function.launch(self.grid.blocks, self.config.threads, stream, _ARGUMENTS)
         return y
@@ -290,13 +290,15 @@ class Sm80Gemm(Kernel):
     name = "sm80_gemm"
 
     def refuses(self, problem: Problem) -> str | None:
-        """Host memory, older GPUs, other activation dtypes."""
+        """Host memory, older or smaller GPUs, other activation dtypes."""
         if problem.gpu is None:
             return "runs on a GPU, and the weight is in host memory"
         if int(problem.gpu.arch.removeprefix("sm_").rstrip("af")) < _MIN_ARCH:
             return f"needs mma.sync and cp.async of sm_{_MIN_ARCH}, and {problem.gpu.name} is {problem.gpu.arch}"
         if problem.dtype not in HALF_DTYPES:
             return f"takes {' or '.join(HALF_DTYPES)} activations, not {problem.dtype}"
+        if not candidates(problem.M, problem.spec.layout, problem.gpu):
+            return f"needs more shared memory than the {problem.gpu.shared_per_block} bytes of {problem.gpu.name}"
         return None
 
     def plan(self, problem: Problem) -> Plan:
