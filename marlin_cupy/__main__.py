@@ -25,7 +25,7 @@ from marlin_cupy.errors import CompileError, MissingDependencyError
 from marlin_cupy.formats.scalars import FLOAT16, FLOAT32, HALF_DTYPES, ROUNDOFF
 from marlin_cupy.jit import cache
 from marlin_cupy.jit import compile as nvrtc
-from marlin_cupy.kernels import Problem, sm80_gemm
+from marlin_cupy.kernels import Problem
 from marlin_cupy.tensor import QuantizedTensor, Spec
 
 try:
@@ -292,7 +292,7 @@ def variants(
     for name in format_names or formats.names():
         for dtype in dtypes or HALF_DTYPES:
             spec = mc.quantize(smallest, name, group_size, scale_dtype=dtype).spec  # checks the names and the size
-            found |= dict.fromkeys(sm80_gemm.variants(spec, dtype, target))
+            found |= dict.fromkeys(kernels.variants(spec, dtype, target))
     return list(found)
 
 

@@ -91,7 +91,7 @@ def is_cut(M: int, dtype: Any, w: mc.QuantizedTensor) -> bool:
 def cut_and_whole(dtype: str, M: int, name: str = "int4") -> list[mc.QuantizedTensor]:
     """A weight whose tiles are shared by blocks for M rows, and one whose tiles are not."""
     found: dict[bool, mc.QuantizedTensor] = {}
-    for K, N in ((8192, 513), (128, 64), (8192, 65), (256, 8200), (14336, 512), (128, 33000)):
+    for K, N in ((8192, 513), (128, 64), (8192, 65), (256, 8200), (14336, 512), (128, 33000), (1030, 3000)):
         w = mc.quantize(weights(K, N), name, 64)
         found.setdefault(is_cut(M, dtype, w), w)
         if len(found) == 2:

@@ -23,8 +23,9 @@ from product import Product
 import marlin_cupy as mc
 from marlin_cupy import frameworks
 from marlin_cupy.device import gpu
-from marlin_cupy.kernels import Problem, sm80_gemm
+from marlin_cupy.kernels import Problem, sm80_gemm, sm90_stream
 from marlin_cupy.kernels.sm80_gemm import Sm80Plan
+from marlin_cupy.kernels.sm90_stream import StreamPlan
 
 #: (K, N): edges in both directions; and enough steps for blocks to share a tile.
 SHAPES = ((75, 70), (1100, 200))
@@ -57,6 +58,17 @@ def plans(format: str, dtype: str, w: mc.QuantizedTensor, only_every: int) -> It
                 yield dataclasses.replace(plan, grid=dataclasses.replace(plan.grid, blocks=blocks))
 
 
+def stream_plans(dtype: str, w: mc.QuantizedTensor) -> Iterator[StreamPlan]:
+    """Every configuration, for one row and for one less than it takes, with all tiles in one cluster and in several."""
+    for largest_m in (8, 16):
+        for config in sm90_stream.configs(largest_m, w.layout, gpu()).values():
+            for M in (1, largest_m - 1):
+                problem = Problem(M, dtype, w.spec, gpu())
+                if sm90_stream.KERNEL.refuses(problem) is None:
+                    for clusters in sorted({1, w.layout.packed_shape[0]}):
+                        yield StreamPlan.make(config, clusters, problem)
+
+
 def check_plans(format: str, dtype: str, only_every: int) -> tuple[int, int]:
     """Numbers of launches with whole tiles and with shared ones."""
     launches = [0, 0]
@@ -65,12 +77,12 @@ def check_plans(format: str, dtype: str, only_every: int) -> tuple[int, int]:
         w = on_host.to("cuda")
         x, bias = rows((80, K), seed=N, dtype=dtype), rows((N,), seed=K, dtype=dtype)
         exact = Product(*(part.astype(np.float64) for part in (x, on_host.dequantize("float32"), bias)))
-        for plan in plans(format, dtype, w, only_every):
+        for plan in (*plans(format, dtype, w, only_every), *stream_plans(dtype, w)):
             x_gpu, bias_gpu = to_gpu(x[: plan.m]), to_gpu(bias)
             out = cupy.asarray(np.full((plan.m, N), _NAN, np.uint16)).view(DTYPES[dtype])
             plan.multiply(frameworks.of(x_gpu), x_gpu, w, bias_gpu, out)
             exact.check(to_host(out).astype(np.float64), dtype, format, gpu=True, case=f"{format} {dtype} {plan}")
-            launches[plan.grid.is_cut] += 1
+            launches[plan.config.cluster > 1 if isinstance(plan, StreamPlan) else plan.grid.is_cut] += 1
     return launches[0], launches[1]
 
 

@@ -27,9 +27,9 @@ from gpu_arrays import (
 from product import Product
 
 import marlin_cupy as mc
+from marlin_cupy import kernels
 from marlin_cupy.device import gpu
 from marlin_cupy.jit.compile import cubin
-from marlin_cupy.kernels import sm80_gemm
 from marlin_cupy.tensor import Spec
 
 pytestmark = pytest.mark.gpu
@@ -46,7 +46,7 @@ def _compiled() -> None:
         for format in FORMATS
         for group_size, scale_dtype in GPU_GROUPS
         for dtype in HALF
-        for name, text in sm80_gemm.variants(Spec(format, (1, 1), group_size, scale_dtype), dtype, gpu())
+        for name, text in kernels.variants(Spec(format, (1, 1), group_size, scale_dtype), dtype, gpu())
     }
     workers = min(len(os.sched_getaffinity(0)), 32)
     with ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn")) as pool:
@@ -258,9 +258,10 @@ def test_results_repeat_bit_for_bit(dtype: str, M: int) -> None:
 
 def test_explain_names_the_kernel_and_its_configuration() -> None:
     w = mc.quantize(weights(4160, 513))
-    found = mc.explain((16, 4160), "bfloat16", w)
+    found = mc.explain((64, 4160), "bfloat16", w)
     assert found.kernel == "sm80_gemm"
     assert "tile" in found.config
     assert "host memory" in found.passed_over["reference"]
-    mc.matmul(activations(16, 4160, "bfloat16"), w)
-    assert str(w.plans[16, "bfloat16"]) == found.config
+    assert "up to 16 rows, not 64" in found.passed_over["sm90_stream"]
+    mc.matmul(activations(64, 4160, "bfloat16"), w)
+    assert str(w.plans[64, "bfloat16"]) == found.config

@@ -22,7 +22,7 @@ from marlin_cupy.jit import cache
 from marlin_cupy.jit import compile as jit_compile
 from marlin_cupy.jit.launch import MAX_COUNTERS
 from marlin_cupy.jit.source import inline, source_root
-from marlin_cupy.kernels import Problem, sm80_gemm
+from marlin_cupy.kernels import Problem, sm80_gemm, sm90_stream
 from marlin_cupy.tensor import Spec
 
 H200 = GPUS["sm_90a"]
@@ -39,7 +39,7 @@ def spec(name: str = "int4", group_size: int = 128, scale_dtype: str = "float16"
 
 def sources(spec: Spec, dtype: str, gpu: Gpu) -> list[str]:
     """Every kernel that multiplies by a weight of ``spec`` on ``gpu``, each once."""
-    found = list(dict.fromkeys(text for _, text in sm80_gemm.variants(spec, dtype, gpu)))
+    found = list(dict.fromkeys(text for _, text in kernels.variants(spec, dtype, gpu)))
     assert found
     return found
 
@@ -144,6 +144,32 @@ def test_the_kernel_says_what_it_does_not_serve() -> None:
     old = Gpu(0, "an old GPU", "sm_75", 40, 65536, 65536, 4 << 20)
     assert "sm_75" in str(sm80_gemm.KERNEL.refuses(Problem(1, "float16", spec(), old)))
     assert "host memory" in str(sm80_gemm.KERNEL.refuses(Problem(1, "float16", spec(), None)))
+
+
+def test_the_streaming_kernel_gives_every_tile_to_a_cluster_that_is_resident() -> None:
+    for name in FORMATS:
+        for N in (1, 64, 65, 1000, 3000, 6144, 8192, 10240, 28672, 57344, 250000):
+            for m in (1, 8, 9, 16):
+                layout = Spec(name, (4096, N), 64, "float16").layout
+                config, clusters = sm90_stream.choose(m, layout, H200)
+                assert config.tokens >= m
+                assert config.shared_bytes(layout) <= H200.shared_per_block
+                assert config.blocks_per_sm * (config.shared_bytes(layout) + 1024) <= H200.shared_per_sm
+                assert 1 <= clusters <= layout.packed_shape[0]
+                assert clusters * config.cluster <= H200.sm_count * config.blocks_per_sm
+
+
+def test_the_streaming_kernel_says_what_it_does_not_serve() -> None:
+    def refusal(m: int, gpu: Gpu | None, dtype: str = "float16", N: int = 4096) -> str:
+        return str(sm90_stream.KERNEL.refuses(Problem(m, dtype, Spec("int4", (4096, N), 128, "float16"), gpu)))
+
+    assert refusal(1, H200) == refusal(16, H200) == refusal(8, H200, N=57344) == "None"
+    assert "host memory" in refusal(1, None)
+    assert "sm_80" in refusal(1, GPUS["sm_80"])
+    assert "float32" in refusal(1, H200, "float32")
+    assert "not 17" in refusal(17, H200)
+    assert "not faster" in refusal(9, H200, N=57344)
+    assert "shared memory" in refusal(1, dataclasses.replace(H200, shared_per_block=16384))
 
 
 # ---- what the compiler says
@@ -284,18 +310,18 @@ def test_two_processes_make_the_same_source() -> None:
         "import hashlib\n"
         "from marlin_cupy import formats\n"
         "from marlin_cupy.device import Gpu\n"
-        "from marlin_cupy.kernels import sm80_gemm\n"
+        "from marlin_cupy import kernels\n"
         "from marlin_cupy.tensor import Spec\n"
         f"gpu = {H200!r}\n"
         "digest = hashlib.sha256()\n"
         "for name in formats.names():\n"
-        "    for variant, text in sm80_gemm.variants(Spec(name, (4096, 4096), 64, 'bfloat16'), 'float16', gpu):\n"
+        "    for variant, text in kernels.variants(Spec(name, (4096, 4096), 64, 'bfloat16'), 'float16', gpu):\n"
         "        digest.update((variant + text).encode())\n"
         "print(digest.hexdigest())\n"
     )
     digest = hashlib.sha256()
     for name in formats.names():
-        for variant, text in sm80_gemm.variants(spec(name, 64, "bfloat16"), "float16", H200):
+        for variant, text in kernels.variants(spec(name, 64, "bfloat16"), "float16", H200):
             digest.update((variant + text).encode())
     found = {run_python(script, PYTHONHASHSEED=seed).stdout.strip() for seed in ("1", "2")}
     assert found == {digest.hexdigest()}

@@ -93,7 +93,6 @@ struct Epilogue {
         }
     }
 
-private:
     static __device__ void add(float4& sum, const float4& other) {
         sum.x += other.x;
         sum.y += other.y;

@@ -6,6 +6,9 @@ import functools
 import re
 from pathlib import Path
 
+from marlin_cupy.tensor import Spec
+
+_CPP_TYPES = {"float16": "Float16", "bfloat16": "BFloat16"}
 _INCLUDE = re.compile(r'^\s*#include\s+"([^"]+)"\s*$')
 
 
@@ -36,3 +39,26 @@ def inline(text: str) -> str:
         return lines
 
     return "\n".join(expand(text)) + "\n"
+
+
+def specialized(kernel: str, spec: Spec, dtype: str, config: str, shared_bytes: int) -> str:
+    """The complete source of ``cuda_src/kernels/<kernel>.cuh`` for a weight, an activation dtype and a configuration.
+
+    Args:
+        config: the C++ struct Config.
+        shared_bytes: dynamic shared memory that the host reserves; the kernel asserts that it needs as much.
+    """
+    layout = spec.layout
+    lines = [
+        '#include "ptx/types.cuh"',
+        config,
+        f"using Activation = {_CPP_TYPES[dtype]};",
+        f"using Scale = {_CPP_TYPES[spec.scale_dtype]};",
+        f"constexpr int GRANULE = {layout.granule};",
+        f"constexpr int SHARED_BYTES = {shared_bytes};",
+    ]
+    if layout.format.table is not None:
+        values = ", ".join(f"{value!r}f" for value in layout.format.table)
+        lines.append(f"__constant__ float FORMAT_TABLE[] = {{{values}}};")
+    lines += [f'#include "formats/{spec.format}.cuh"', f'#include "kernels/{kernel}.cuh"']
+    return inline("\n".join(lines))

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
+from marlin_cupy.device import Gpu
 from marlin_cupy.errors import UnsupportedError
-from marlin_cupy.kernels import reference, sm80_gemm
+from marlin_cupy.kernels import reference, sm80_gemm, sm90_stream
 from marlin_cupy.kernels.problem import Kernel, Plan, Problem
+from marlin_cupy.tensor import Spec
 
 #: In order of preference.
-KERNELS: tuple[Kernel, ...] = (sm80_gemm.KERNEL, reference.KERNEL)
+KERNELS: tuple[Kernel, ...] = (sm90_stream.KERNEL, sm80_gemm.KERNEL, reference.KERNEL)
 
 
 def refusals(problem: Problem) -> dict[str, str | None]:
@@ -24,4 +28,10 @@ def choose(problem: Problem) -> Kernel:
     raise UnsupportedError(f"no kernel serves this multiplication: {reasons}.")
 
 
-__all__ = ["KERNELS", "Kernel", "Plan", "Problem", "choose", "refusals"]
+def variants(spec: Spec, dtype: str, gpu: Gpu) -> Iterator[tuple[str, str]]:
+    """(name, source) of every CUDA kernel that weights of ``spec`` can need on ``gpu``, for compiling ahead."""
+    for kernel in KERNELS:
+        yield from kernel.variants(spec, dtype, gpu)
+
+
+__all__ = ["KERNELS", "Kernel", "Plan", "Problem", "choose", "refusals", "variants"]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -44,3 +45,7 @@ class Kernel(ABC):
     @abstractmethod
     def plan(self, problem: Problem) -> Plan:
         """Choose a configuration; compile and load what it needs."""
+
+    def variants(self, spec: Spec, dtype: str, gpu: Gpu) -> Iterator[tuple[str, str]]:
+        """(name, source) of every CUDA kernel that weights of ``spec`` can need on ``gpu``, for compiling ahead."""
+        return iter(())

@@ -16,7 +16,6 @@ from marlin_cupy.kernels.problem import Kernel, Plan, Problem
 from marlin_cupy.layout import HALF_N, SLAB_K, SLAB_N, Layout
 from marlin_cupy.tensor import QuantizedTensor, Spec
 
-_CPP_TYPES = {"float16": "Float16", "bfloat16": "BFloat16"}
 _MIN_ARCH = 80
 #: struct Args of the twin: six pointers, two strides, nine ints.
 _ARGS = struct.Struct("=6Q2q9i4x")
@@ -128,20 +127,7 @@ _MIN_STEPS = 2
 
 def kernel_source(spec: Spec, dtype: str, config: Config) -> str:
     """The complete CUDA source for a format, its granule, an activation dtype and a configuration."""
-    layout = spec.layout
-    lines = [
-        '#include "ptx/types.cuh"',
-        config.cpp(),
-        f"using Activation = {_CPP_TYPES[dtype]};",
-        f"using Scale = {_CPP_TYPES[spec.scale_dtype]};",
-        f"constexpr int GRANULE = {layout.granule};",
-        f"constexpr int SHARED_BYTES = {config.shared_bytes(layout)};",
-    ]
-    if layout.format.table is not None:
-        values = ", ".join(f"{value!r}f" for value in layout.format.table)
-        lines.append(f"__constant__ float FORMAT_TABLE[] = {{{values}}};")
-    lines += [f'#include "formats/{spec.format}.cuh"', '#include "kernels/sm80_gemm.cuh"']
-    return source.inline("\n".join(lines))
+    return source.specialized("sm80_gemm", spec, dtype, config.cpp(), config.shared_bytes(spec.layout))
 
 
 def kernel_name(spec: Spec, dtype: str) -> str:
@@ -310,12 +296,11 @@ class Sm80Gemm(Kernel):
         )
         return Sm80Plan.make(best, problem)
 
-
-def variants(spec: Spec, dtype: str, gpu: Gpu) -> Iterator[tuple[str, str]]:
-    """(name, source) of every kernel that ``spec`` can need on ``gpu``, for compiling ahead."""
-    for m in CANDIDATES:
-        for candidate in candidates(m, spec.layout, gpu):
-            yield kernel_name(spec, dtype), kernel_source(spec, dtype, candidate.config)
+    def variants(self, spec: Spec, dtype: str, gpu: Gpu) -> Iterator[tuple[str, str]]:
+        """(name, source) of every kernel that ``spec`` can need on ``gpu``."""
+        for m in CANDIDATES:
+            for candidate in candidates(m, spec.layout, gpu):
+                yield kernel_name(spec, dtype), kernel_source(spec, dtype, candidate.config)
 
 
 KERNEL = Sm80Gemm()

@@ -1,0 +1,158 @@
+// y (M, N) = x (M, K) @ W (K, N) + bias for up to 16 rows of x: every warp streams weights on its own (sm_90).
+//
+//   K ->                                               a column: one slab, 64 outputs x 128 K, contiguous
+//   | 0 1 2 3 4 5 6 7 | 0 1 ...       | rank 1 ...     the number: the warp of the block that takes it, into a ring of
+//   |<--- a round --->|               |                its own, by one bulk copy and the x of that slab beside it
+//   |<------ cluster rank 0 --------->|
+//
+// A warp waits for nothing but its own copies: no barrier of the block, no work of other warps. It decodes a slab,
+// multiplies it, and refills the slot. Nobody else needs these weights or this x, so nothing is shared until a tile of
+// 64 outputs ends. Then the warps add up through shared memory, and the blocks of a cluster, each with a share of K,
+// through each other's shared memory, both in a fixed order. Copies for the next tile are under way meanwhile.
+//
+// Why: weights go through registers once, so the only cost that matters is to keep enough copies under way (70 to
+// 150 KB an SM) and to do little per word; a block-wide pipeline makes the warps wait for each other at each step.
+//
+// The preamble defines Config, Activation, Scale, GRANULE and SHARED_BYTES, as for sm80_gemm.
+#pragma once
+#include "epilogue/store.cuh"
+#include "mainloop/warp_tile.cuh"
+#include "ptx/bulk_copy.cuh"
+#include "ptx/cluster.cuh"
+
+struct Args {
+    const u8* weight;
+    const u16* x;
+    const u16* bias;  // or null
+    u16* y;
+    i64 x_stride;     // elements between tokens
+    i64 y_stride;
+    int M, N, K;
+    int slabs_n, slabs_k;
+    int x_vector;     // token rows start at multiples of 16 bytes
+    int y_vector;     // of 8 bytes
+};
+
+struct Tile : Config {
+    static constexpr int row_atoms = SLAB_N / 16;
+    static constexpr int k_atoms = SLAB_K / 16;
+    static constexpr int warps_n = 1, warps_m = 1;
+    static constexpr int threads = WARP * Config::warps_k;
+    static constexpr int rows = SLAB_N;
+    static constexpr int tokens = 8 * Config::token_tiles;
+    static constexpr int k = SLAB_K;
+};
+
+// The x of one slab, by one warp: half a warp copies a token.
+template <class Place>
+__device__ inline void copy_tokens(const Args& args, u32 stage, int slab) {
+    const int within = threadIdx.x % 16, first = threadIdx.x % WARP / 16;
+    const int k = slab * SLAB_K + 8 * within;
+    if (args.x_vector && (slab + 1) * SLAB_K <= args.K) {
+#pragma unroll
+        for (int token = first; token < Tile::tokens; token += 2)
+            if (token < args.M) copy_async(stage + Place::token_chunk(token, within), args.x + token * args.x_stride + k, 16);
+        return;
+    }
+#pragma unroll 1
+    for (int token = first; token < args.M; token += 2) {
+        const u16* row = args.x + token * args.x_stride;
+        Vec4 v;
+#pragma unroll
+        for (int i = 0; i < 4; ++i) {
+            const u32 low = k + 2 * i < args.K ? row[k + 2 * i] : 0, high = k + 2 * i + 1 < args.K ? row[k + 2 * i + 1] : 0;
+            v.word[i] = low | high << 16;
+        }
+        store_shared_vec4(stage + Place::token_chunk(token, within), v);
+    }
+}
+
+extern "C" __global__ void __cluster_dims__(Config::cluster) __launch_bounds__(Tile::threads, Config::blocks_per_sm)
+    gemm(const __grid_constant__ Args args) {
+    using Decoder = Codec<Activation, Scale>;
+    using Packed = Layout<Decoder, GRANULE>;
+    using Output = Epilogue<Tile, Activation>;
+    using Place = Stage<Tile, Packed>;
+    constexpr int ring_bytes = Tile::warps_k * Config::slots * Place::bytes;
+    constexpr int barrier_bytes = Tile::warps_k * Config::slots * 8;
+    constexpr int share_bytes = 2 * Tile::tokens * Tile::rows * 4;
+    static_assert(Decoder::table_bytes + ring_bytes + barrier_bytes + Output::bytes + share_bytes == SHARED_BYTES,
+                  "the host twin reserves this much");
+
+    extern __shared__ __align__(128) u8 shared[];
+    const u32 table = shared_address(shared);
+    const int warp = threadIdx.x / WARP, lane = threadIdx.x % WARP;
+    const u32 ring = table + Decoder::table_bytes + warp * Config::slots * Place::bytes;
+    const u32 barriers = table + Decoder::table_bytes + ring_bytes + warp * Config::slots * 8;
+    u8* const after = shared + Decoder::table_bytes + ring_bytes + barrier_bytes;
+    float* const exchange = reinterpret_cast<float*>(after);
+    float* const shares = reinterpret_cast<float*>(after + Output::bytes);
+
+    // This warp's slabs: for each tile of this cluster, every warps_k-th slab of this rank's share of K.
+    const int rank = static_cast<int>(cluster_rank());
+    const int clusters = gridDim.x / Config::cluster, first_tile = blockIdx.x / Config::cluster;
+    const int k_begin = args.slabs_k * rank / Config::cluster + warp;
+    const int k_end = args.slabs_k * (rank + 1) / Config::cluster;
+    const int per_tile = k_begin < k_end ? (k_end - k_begin + Tile::warps_k - 1) / Tile::warps_k : 0;
+    const int tiles = (args.slabs_n - first_tile + clusters - 1) / clusters;
+    const u64 policy = policy_evict_first();
+
+    int next_tile = first_tile, next_slab = k_begin, left = tiles * per_tile;
+    auto fill = [&](int slot) {
+        if (left > 0) {
+            --left;
+            const u32 stage = ring + slot * Place::bytes;
+            const u8* source = args.weight + (static_cast<i64>(next_tile) * args.slabs_k + next_slab) * Packed::slab_bytes;
+            if (lane == 0) copy_bulk(stage, source, Packed::slab_bytes, barriers + 8 * slot, policy);
+            copy_tokens<Place>(args, stage, next_slab);
+            next_slab += Tile::warps_k;
+            if (next_slab >= k_end) next_slab = k_begin, next_tile += clusters;
+        }
+        copy_commit();
+    };
+    if (lane == 0) {
+        for (int slot = 0; slot < Config::slots; ++slot) barrier_init(barriers + 8 * slot, 1);
+        barrier_init_fence();
+    }
+    __syncwarp();
+    for (int slot = 0; slot < Config::slots; ++slot) fill(slot);
+    Decoder::fill_table(table, threadIdx.x, Tile::threads);
+    if (Decoder::table_bytes) __syncthreads();
+
+    WarpTile<Tile, Packed, Decoder, Activation, Scale, GRANULE> work;
+    int slot = 0;
+    u32 parity = 0;
+    for (int t = 0; t < tiles; ++t) {
+        work.clear();
+        for (int i = 0; i < per_tile; ++i) {
+            copy_wait<Config::slots - 1>();
+            __syncwarp();
+            barrier_wait(barriers + 8 * slot, parity);
+            const u32 stage = ring + slot * Place::bytes;
+            work.step(stage, table, 0, 0, 0, [] {});
+            __syncwarp();
+            fill(slot);
+            if (++slot == Config::slots) slot = 0, parity ^= 1;
+        }
+
+        const int row = (first_tile + t * clusters) * Tile::rows;
+        if (Config::cluster == 1) {
+            Output::gather(work.sums, exchange, args.M,
+                           [&](int token, int r, const float4& sum) { Output::store(args, token, row + r, sum); });
+            continue;
+        }
+        float* const mine = shares + t % 2 * Tile::tokens * Tile::rows;
+        Output::gather(work.sums, exchange, args.M, [&](int token, int r, const float4& sum) {
+            *reinterpret_cast<float4*>(mine + token * Tile::rows + r) = sum;
+        });
+        cluster_sync();
+        const int quads = args.M * Output::quads;
+        for (int q = threadIdx.x * Config::cluster + rank; q < quads; q += Tile::threads * Config::cluster) {
+            float4 sum = {0.0f, 0.0f, 0.0f, 0.0f};
+#pragma unroll
+            for (int r = 0; r < Config::cluster; ++r) Output::add(sum, load_cluster(shared_address(mine + 4 * q), r));
+            Output::store(args, q / Output::quads, row + q % Output::quads * 4, sum);
+        }
+    }
+    if (Config::cluster > 1) cluster_sync();  // no block leaves while another reads its shared memory
+}
