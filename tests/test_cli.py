@@ -232,7 +232,7 @@ def test_nvrtc_missing(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
         raise RuntimeError("no libnvrtc")
 
     monkeypatch.setattr(cupy.cuda.nvrtc, "getVersion", missing)
-    for cached in (compile._nvrtc, compile.nvrtc_version):
+    for cached in (compile._loaded_nvrtc, compile.nvrtc_version):
         cached.cache_clear()
     assert "marlin_cupy[cuda13]" in run("compile", "--arch", "sm_80", "--output", tmp_path / "new", code=2)
     assert "NVRTC: none" in run("info")

@@ -253,6 +253,22 @@ def test_a_build_that_would_be_slow_fails(fake_nvrtc: Any, line: str) -> None:
     assert fake.live == 0
 
 
+def test_threads_of_a_fresh_process_can_compile_first_at_the_same_time() -> None:
+    script = (
+        "import threading\n"
+        "from concurrent.futures import ThreadPoolExecutor\n"
+        "from marlin_cupy.jit.compile import compile\n"
+        "together = threading.Barrier(4)\n"
+        "def build(i):\n"
+        "    together.wait()\n"
+        "    return compile(f'__global__ void k(int* y) {{ *y = {i}; }}', 'sm_80').registers > 0\n"
+        "with ThreadPoolExecutor(4) as pool:\n"
+        "    print(all(pool.map(build, range(4))))\n"
+    )
+    for _ in range(3):
+        assert run_python(script).stdout.strip() == "True"
+
+
 def test_an_error_carries_the_log_of_nvrtc() -> None:
     with pytest.raises(mc.CompileError) as caught:
         jit_compile.compile("int f() { return undefined_name; }", "sm_80")

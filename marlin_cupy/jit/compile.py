@@ -7,6 +7,7 @@ import functools
 import re
 import struct
 import sys
+import threading
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from marlin_cupy.device import import_cupy
 from marlin_cupy.errors import CompileError, MissingDependencyError
 from marlin_cupy.jit import cache
 
+_NVRTC_LOCK = threading.Lock()
 _OPTIONS = ("-std=c++17", "--ptxas-options=-v")
 _ARCH = re.compile(r"sm_\d{2,3}[af]?")
 #: ptxas reports these in the log of a build that succeeds: wgmma serialised, setmaxnreg ignored.
@@ -105,19 +107,24 @@ def nvrtc_version() -> str:
     return f"{major}.{minor}"
 
 
-@functools.cache
 def _nvrtc() -> Any:
+    with _NVRTC_LOCK:  # threads that compile first at the same time: one of them loads the libraries
+        return _loaded_nvrtc()
+
+
+@functools.cache
+def _loaded_nvrtc() -> Any:
     import_cupy("compiling a kernel")
     from cupy.cuda import nvrtc
 
-    _load_builtins()
     try:
-        nvrtc.getVersion()
+        nvrtc.getVersion()  # loads the library, whose companion can then be found beside it
     except RuntimeError as error:  # CuPy's loader found no libnvrtc
         raise MissingDependencyError(
             "compiling a kernel needs NVRTC, which CuPy does not find; "
             "pip install 'marlin_cupy[cuda13]' (or [cuda12] for a CUDA 12 driver)."
         ) from error
+    _load_builtins()
     return nvrtc
 
 
