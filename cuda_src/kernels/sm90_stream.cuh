@@ -10,8 +10,8 @@
 // 64 outputs ends. Then the warps add up through shared memory, and the blocks of a cluster, each with a share of K,
 // through each other's shared memory, both in a fixed order. Copies for the next tile are under way meanwhile.
 //
-// Why: weights go through registers once, so the only cost that matters is to keep enough copies under way (24
-// slabs an SM, 100 KB of int4) and to do little per word; a block-wide pipeline makes the warps wait for each other at each step.
+// Against sm80_gemm this changes several things at once: bulk copies that leave L2 first, rings without a block barrier
+// (24 slabs an SM, 100 KB of int4), sums exchanged in the cluster. What each is worth was not measured apart.
 //
 // The preamble defines Config, Activation, Scale, GRANULE and SHARED_BYTES, as for sm80_gemm.
 #pragma once

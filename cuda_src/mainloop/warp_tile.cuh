@@ -2,7 +2,7 @@
 //
 // Weights are the row operand: a lane's 16 bytes are its A fragments of several atoms, decoded in registers without
 // scale. Products of one granule gather in `partial`; its scale is applied when they join `sums`, in fp32. That is
-// exact where scaling the weights would round each of them, and costs less from 8 multiplications on.
+// exact where scaling the weights would round each of them.
 #pragma once
 #include "layout.cuh"
 #include "mainloop/pipeline.cuh"

@@ -1,5 +1,5 @@
-// cp.async: global -> shared without registers, 16 bytes a thread (sm_80). Without an L2 policy: on Hopper a cp.async
-// that carries one can stop with "illegal instruction".
+// cp.async: global -> shared without registers, 16 bytes a thread (sm_80). Without an L2 policy: on an H200 a build
+// whose cp.async carried one stopped with "illegal instruction"; the cause was not found.
 #pragma once
 #include "ptx/types.cuh"
 

@@ -66,7 +66,9 @@ class Config:
         return f"{self.warps_k} warps with {self.slots} slabs under way each, clusters of {self.cluster} along K"
 
 
-#: (warps_k, slots) to try, best first, for one block on an SM, for two, and for clusters of two. Measured on an H200.
+#: (warps_k, slots) to try, best first, for one block on an SM, for two, and for clusters of two. Like
+#: _CLUSTER_GAIN and the choice between them, picked by hand from times of the eight layers of bench.shapes on one H200
+#: (int4, group_size=128, float16); other layers and formats were not tuned.
 _ALONE = ((12, 2), (8, 3), (8, 2), (4, 3), (4, 2))
 _IN_PAIRS = ((4, 3), (4, 2), (2, 3), (2, 2))
 _CLUSTERED = ((8, 3), (8, 2), (4, 3), (4, 2))
