@@ -103,7 +103,10 @@ extern "C" __global__ void __cluster_dims__(Config::cluster) __launch_bounds__(T
             --left;
             const u32 stage = ring + slot * Place::bytes;
             const u8* source = args.weight + (static_cast<i64>(next_tile) * args.slabs_k + next_slab) * Packed::slab_bytes;
-            if (lane == 0) copy_bulk(stage, source, Packed::slab_bytes, barriers + 8 * slot, policy);
+            if (lane == 0) {
+                barrier_expect(barriers + 8 * slot, Packed::slab_bytes);
+                copy_bulk(stage, source, Packed::slab_bytes, barriers + 8 * slot, policy);
+            }
             copy_tokens<Place>(args, stage, next_slab);
             next_slab += Tile::warps_k;
             if (next_slab >= k_end) next_slab = k_begin, next_tile += clusters;

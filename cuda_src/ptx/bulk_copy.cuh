@@ -18,9 +18,23 @@ __device__ inline u64 policy_evict_first() {
     return policy;
 }
 
-// Announces `bytes` on `barrier` and starts the copy; addresses and size are multiples of 16.
-__device__ inline void copy_bulk(u32 shared, const void* global, int bytes, u32 barrier, u64 policy) {
+__device__ inline u64 policy_evict_normal() {
+    u64 policy;
+    asm volatile("createpolicy.fractional.L2::evict_normal.b64 %0, 1.0;" : "=l"(policy));
+    return policy;
+}
+
+// Arrives, and lets the phase end no sooner than `bytes` have been copied.
+__device__ inline void barrier_expect(u32 barrier, int bytes) {
     asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(barrier), "r"(bytes) : "memory");
+}
+
+__device__ inline void barrier_arrive(u32 barrier) {
+    asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(barrier) : "memory");
+}
+
+// Starts a copy that `barrier` expects; addresses and size are multiples of 16.
+__device__ inline void copy_bulk(u32 shared, const void* global, int bytes, u32 barrier, u64 policy) {
     asm volatile(
         "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint [%0], [%1], %2, [%3], %4;" ::"r"(
             shared),

@@ -13,10 +13,23 @@ __device__ inline void cluster_sync() {
     asm volatile("barrier.cluster.arrive.release.aligned;\nbarrier.cluster.wait.acquire.aligned;" ::: "memory");
 }
 
-__device__ inline float4 load_cluster(u32 shared, u32 rank) {
+// The address in the whole cluster of what lies at `shared` in block `rank`.
+__device__ inline u32 cluster_address(u32 shared, u32 rank) {
     u32 remote;
-    float4 v;
     asm volatile("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(remote) : "r"(shared), "r"(rank));
+    return remote;
+}
+
+// Stores into another block; the bytes count on `barrier`, which lies there too.
+__device__ inline void store_cluster_async(u32 remote, float4 v, u32 barrier) {
+    asm volatile("st.async.weak.shared::cluster.mbarrier::complete_tx::bytes.v4.f32 [%0], {%1, %2, %3, %4}, [%5];" ::"r"(remote),
+                 "f"(v.x), "f"(v.y), "f"(v.z), "f"(v.w), "r"(barrier)
+                 : "memory");
+}
+
+__device__ inline float4 load_cluster(u32 shared, u32 rank) {
+    const u32 remote = cluster_address(shared, rank);
+    float4 v;
     asm volatile("ld.shared::cluster.v4.f32 {%0, %1, %2, %3}, [%4];"
                  : "=f"(v.x), "=f"(v.y), "=f"(v.z), "=f"(v.w)
                  : "r"(remote)

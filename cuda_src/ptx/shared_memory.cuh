@@ -34,3 +34,10 @@ __device__ inline Vec4 load_matrix_x4(u32 row_address) {
                  : "r"(row_address));
     return v;
 }
+
+// Four 8x8 matrices of 16-bit values, written as columns: lane i names where column i % 8 of matrix i / 8 goes (sm_90).
+__device__ inline void store_matrix_x4_turned(u32 column_address, Vec4 v) {
+    asm volatile("stmatrix.sync.aligned.m8n8.x4.trans.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(column_address), "r"(v.word[0]),
+                 "r"(v.word[1]), "r"(v.word[2]), "r"(v.word[3])
+                 : "memory");
+}

@@ -30,6 +30,11 @@ struct Float16 {
         asm("add.f16x2 %0, %1, %2;" : "=r"(pair) : "r"(a), "r"(b));
         return pair;
     }
+    static __device__ u32 multiply(u32 a, u32 b) {
+        u32 pair;
+        asm("mul.f16x2 %0, %1, %2;" : "=r"(pair) : "r"(a), "r"(b));
+        return pair;
+    }
     static __device__ u32 fma(u32 a, u32 b, u32 c) {
         u32 pair;
         asm("fma.rn.f16x2 %0, %1, %2, %3;" : "=r"(pair) : "r"(a), "r"(b), "r"(c));
@@ -51,6 +56,12 @@ struct BFloat16 {
     static __device__ u32 add(u32 a, u32 b) {
         u32 pair;
         asm("fma.rn.bf16x2 %0, %1, %2, %3;" : "=r"(pair) : "r"(a), "r"(0x3F803F80u), "r"(b));
+        return pair;
+    }
+    // Nor a product of its own: a * b - 0 rounds alike.
+    static __device__ u32 multiply(u32 a, u32 b) {
+        u32 pair;
+        asm("fma.rn.bf16x2 %0, %1, %2, %3;" : "=r"(pair) : "r"(a), "r"(b), "r"(0x80008000u));
         return pair;
     }
 };

@@ -128,17 +128,17 @@ def counters(device: int) -> Counters:
 
 
 @functools.cache
-def _exchange_capture_mode() -> Any:
-    library = ctypes.CDLL("nvcuda.dll" if sys.platform == "win32" else "libcuda.so.1")
-    return library.cuThreadExchangeStreamCaptureMode
+def driver_library() -> ctypes.CDLL:
+    """The CUDA driver, for calls that CuPy does not pass on."""
+    return ctypes.CDLL("nvcuda.dll" if sys.platform == "win32" else "libcuda.so.1")
 
 
 @contextlib.contextmanager
 def _uncaptured() -> Iterator[None]:
     """Let this thread allocate and load modules while one of its streams is captured into a graph."""
     mode = ctypes.c_int(_RELAXED)
-    _exchange_capture_mode()(ctypes.byref(mode))
+    driver_library().cuThreadExchangeStreamCaptureMode(ctypes.byref(mode))
     try:
         yield
     finally:
-        _exchange_capture_mode()(ctypes.byref(mode))
+        driver_library().cuThreadExchangeStreamCaptureMode(ctypes.byref(mode))

@@ -1,0 +1,437 @@
+// y (M, N) = x (M, K) @ W (K, N) + bias for more rows of x than sm90_stream takes: wgmma (sm_90a).
+//
+//   producers (one warpgroup, two threads work)          consumers: wgs_k x wgs_n warpgroups
+//
+//   weights: bulk copies   \    ring of stages    /   stage i belongs to K group i % wgs_k;
+//                           >  one slab of K each >   a warpgroup decodes row_blocks x 64 outputs into registers
+//   x: tensor copies       /    (128) and its x   \   and multiplies them by the stage's x with wgmma
+//
+// Decoding is the work that a dense GEMM does not have. It runs on the ALUs while the tensor cores are busy with the
+// fragments decoded before: two sets of A registers, one in use by wgmma, one being filled. Weights are multiplied by
+// their scale in the activations' type, which rounds each once more: fp32 accumulators could be scaled exactly, but twice
+// as many of them do not fit beside 128 tokens.
+//
+// The work is a list of segments (tile, K range); see Segments. A tile of one segment is stored from registers. If
+// several blocks share a tile, a cluster adds the parts through the shared memory of its first block, blocks elsewhere
+// through global memory; both in a fixed order.
+//
+// The preamble defines Config, Activation, Scale, GRANULE and SHARED_BYTES, as for sm80_gemm.
+#pragma once
+#include "layout.cuh"
+#include "ptx/bulk_copy.cuh"
+#include "ptx/cluster.cuh"
+#include "ptx/cp_async.cuh"
+#include "ptx/dependent_launch.cuh"
+#include "ptx/global_memory.cuh"
+#include "ptx/shared_memory.cuh"
+#include "ptx/tensor_copy.cuh"
+#include "ptx/warpgroup.cuh"
+#include "ptx/wgmma.cuh"
+#include "schedule/segments.cuh"
+
+struct Args {
+    TensorMap x;        // boxes of 64 K x tokens
+    const u8* weight;
+    const u16* bias;    // or null
+    u16* y;
+    float* partials;    // two tiles per block where blocks share tiles
+    u32* counters;      // one per shared tile, 0 before and after
+    i64 y_stride;       // elements between tokens
+    int M, N;
+    int slabs_n, slabs_k;
+    int tiles_m, tiles;
+    int whole;          // tiles that each block computes alone
+    int y_vector;       // rows of y start at multiples of 16 bytes
+};
+
+struct Tile : Config {
+    static constexpr int slabs = Config::wgs_n * Config::row_blocks;  // 64-output blocks
+    static constexpr int rows = SLAB_N * slabs;
+    static constexpr int pieces = (Config::tokens + 127) / 128;       // wgmma per row block and 16 K
+    static constexpr int piece = Config::tokens / pieces;
+    static constexpr int consumers = 4 * WARP * Config::wgs_n * Config::wgs_k;
+    static constexpr int threads = consumers + 4 * WARP;
+    static constexpr int sums = Config::tokens / 2;                   // accumulators per thread and row block
+    static_assert(Config::stages % Config::wgs_k == 0, "a K group that runs ahead must not meet another's stages");
+    static_assert(Config::stages >= 2 * Config::wgs_k, "a K group gives a stage back when it works on its next");
+};
+
+using Decoder = Codec<Activation, Scale>;
+using Packed = Layout<Decoder, GRANULE>;
+
+// Shared memory, from the start: x needs the alignment of its swizzle.
+struct Place {
+    static constexpr int x_bytes = Tile::tokens * SLAB_K * 2;
+    static constexpr int x_half = x_bytes / 2;                        // 64 K
+    static constexpr int weight_bytes = Tile::slabs * Packed::slab_bytes;
+    static constexpr int share_bytes = Tile::rows * Tile::tokens * 4;
+    static constexpr int turn_bytes = 16 * 16 * 2;                    // per consumer warp
+
+    static constexpr int weights = Tile::stages * x_bytes;
+    static constexpr int table = weights + Tile::stages * weight_bytes;
+    static constexpr int k_shares = table + Decoder::table_bytes;     // of K groups but the first
+    static constexpr int cluster_shares = k_shares + (Tile::wgs_k - 1) * share_bytes;
+    static constexpr int turn = cluster_shares + (Tile::cluster - 1) * share_bytes;
+    static constexpr int barriers = turn + Tile::consumers / WARP * turn_bytes;
+    static constexpr int full = barriers, empty = full + 8 * Tile::stages, arrived = empty + 8 * Tile::stages;
+    static constexpr int bytes = arrived + 16;
+    static_assert(bytes == SHARED_BYTES, "the host twin reserves this much");
+};
+
+__device__ inline Segments segments_of(const Args& args) {
+    return {args.tiles, args.slabs_k, args.whole, static_cast<int>(gridDim.x) / Tile::cluster,
+            static_cast<int>(blockIdx.x) / Tile::cluster};
+}
+
+// K range of this block within a segment: clusters divide it.
+struct Range {
+    int begin, end;
+    __device__ explicit Range(const Segment& segment) {
+        const int rank = static_cast<int>(cluster_rank()), length = segment.end - segment.begin;
+        begin = segment.begin + length * rank / Tile::cluster;
+        end = segment.begin + length * (rank + 1) / Tile::cluster;
+    }
+};
+
+struct Ring {
+    int stage = 0;
+    u32 parity = 0;
+    __device__ void advance(int by) {
+        const int at = stage + by;
+        parity ^= at / Tile::stages & 1;
+        stage = at % Tile::stages;
+    }
+};
+
+// Which outputs and tokens a tile is. Token tiles run fastest, eight of them at a time, so that the blocks of a wave
+// share both weights and x in L2.
+struct Corner {
+    int row_block, token;
+    __device__ Corner(const Args& args, int tile) {
+        constexpr int band = 8;
+        const int tiles_n = args.tiles / args.tiles_m;
+        const int first = tile / (band * tiles_n) * band, within = tile % (band * tiles_n);
+        const int width = args.tiles_m - first < band ? args.tiles_m - first : band;
+        row_block = within / width * Tile::slabs;
+        token = (first + within % width) * Tile::tokens;
+    }
+};
+
+__device__ inline void produce_weights(const Args& args, u32 shared) {
+    const u64 policy = args.tiles_m == 1 ? policy_evict_first() : policy_evict_normal();
+    Ring ring;
+    for (Segments all = segments_of(args); all.next();) {
+        const int first = Corner(args, all.now.tile).row_block;
+        const int count = args.slabs_n - first < Tile::slabs ? args.slabs_n - first : Tile::slabs;
+        const i64 pitch = static_cast<i64>(args.slabs_k) * Packed::slab_bytes;
+        const Range range(all.now);
+        const u8* source = args.weight + first * pitch + static_cast<i64>(range.begin) * Packed::slab_bytes;
+        for (int k = range.begin; k < range.end; ++k, source += Packed::slab_bytes) {
+            const u32 full = shared + Place::full + 8 * ring.stage;
+            barrier_wait(shared + Place::empty + 8 * ring.stage, ring.parity ^ 1);
+            barrier_expect(full, count * Packed::slab_bytes);
+            for (int i = 0; i < count; ++i)
+                copy_bulk(shared + Place::weights + ring.stage * Place::weight_bytes + i * Packed::slab_bytes,
+                          source + i * pitch, Packed::slab_bytes, full, policy);
+            ring.advance(1);
+        }
+    }
+}
+
+__device__ inline void produce_x(const Args& args, u32 shared) {
+    wait_for_previous_kernel();
+    Ring ring;
+    for (Segments all = segments_of(args); all.next();) {
+        const int token = Corner(args, all.now.tile).token;
+        const Range range(all.now);
+        for (int k = range.begin; k < range.end; ++k) {
+            const u32 full = shared + Place::full + 8 * ring.stage, x = shared + ring.stage * Place::x_bytes;
+            barrier_wait(shared + Place::empty + 8 * ring.stage, ring.parity ^ 1);
+            barrier_expect(full, Place::x_bytes);
+            copy_box(x, &args.x, k * SLAB_K, token, full);
+            copy_box(x + Place::x_half, &args.x, k * SLAB_K + 64, token, full);
+            ring.advance(1);
+        }
+    }
+}
+
+// What a consumer warpgroup does, and its accumulators.
+struct Consumer {
+    static constexpr int atoms = 4;                                    // decoded between two waits
+    static constexpr int k_halves = SLAB_K / (16 * atoms);
+    static constexpr int loads = atoms / Packed::atoms_per_block;      // of 16 bytes
+
+    const Args& args;
+    const u32 shared;
+    const int lane, warp, wg_n, wg_k;                                  // warp: in its warpgroup
+    float sums[Tile::row_blocks][Tile::sums];
+
+    __device__ Consumer(const Args& args, u32 shared)
+        : args(args), shared(shared), lane(threadIdx.x % WARP), warp(threadIdx.x / WARP % 4),
+          wg_n(warpgroup_index() % Tile::wgs_n), wg_k(Tile::wgs_k == 1 ? 0 : warpgroup_index() / Tile::wgs_n) {}
+
+    __device__ void run() {
+        Ring ring;
+        for (Segments all = segments_of(args); all.next();) {
+            const Range range(all.now);
+            multiply(ring, range.end - range.begin);
+            finish(all);
+        }
+    }
+
+private:
+    __device__ void release(int stage) {
+        __syncwarp();
+        if (lane == 0) barrier_arrive(shared + Place::empty + 8 * stage);
+    }
+
+    // This K group's share of `count` stages.
+    __device__ void multiply(Ring& ring, int count) {
+#pragma unroll
+        for (int r = 0; r < Tile::row_blocks; ++r)
+#pragma unroll
+            for (int i = 0; i < Tile::sums; ++i) sums[r][i] = 0.0f;
+
+        u32 a[2][Tile::row_blocks][atoms][4];
+        int before = -1;  // the stage whose last products may be under way
+        const int skip = (wg_k + Tile::wgs_k - ring.stage % Tile::wgs_k) % Tile::wgs_k;
+        Ring mine = ring;
+        mine.advance(skip);
+        for (int i = skip; i < count; i += Tile::wgs_k) {
+            barrier_wait(shared + Place::full + 8 * mine.stage, mine.parity);
+            const u64 x = wgmma_descriptor(uniform(shared + mine.stage * Place::x_bytes));
+            const u32 slab = shared + Place::weights + mine.stage * Place::weight_bytes +
+                             wg_n * Tile::row_blocks * Packed::slab_bytes + warp / 2 * Packed::half_bytes;
+#pragma unroll
+            for (int half = 0; half < k_halves; ++half) {
+#pragma unroll
+                for (int r = 0; r < Tile::row_blocks; ++r) decode(a[half % 2][r], slab + r * Packed::slab_bytes, half);
+                wgmma_fence();
+#pragma unroll
+                for (int r = 0; r < Tile::row_blocks; ++r)
+#pragma unroll
+                    for (int atom = 0; atom < atoms; ++atom)
+#pragma unroll
+                        for (int piece = 0; piece < Tile::pieces; ++piece)
+                            wgmma<Activation, Tile::piece>(
+                                sums[r] + piece * Tile::piece / 2, a[half % 2][r][atom],
+                                x + ((half * Place::x_half + piece * Tile::piece * 128 + 32 * atom) >> 4));
+                wgmma_commit();
+                wgmma_wait<1>();
+                if (half == 0 && before >= 0) release(before);
+            }
+            before = mine.stage;
+            mine.advance(Tile::wgs_k);
+        }
+        wgmma_wait<0>();
+#pragma unroll
+        for (int r = 0; r < Tile::row_blocks; ++r)
+#pragma unroll
+            for (int i = 0; i < Tile::sums; ++i) asm volatile("" : "+f"(sums[r][i])::"memory");
+        if (before >= 0) release(before);
+        ring.advance(count);
+    }
+
+    // A fragments of 64 K of a row block, times their scales.
+    __device__ void decode(u32 (&a)[atoms][4], u32 half_slab, int k_half) const {
+        Vec4 codes[loads];
+#pragma unroll
+        for (int i = 0; i < loads; ++i)
+            codes[i] = load_shared_vec4(half_slab + Packed::block(k_half * loads + i, warp % 2) + 16 * lane);
+        typename Decoder::Group group;
+        u32 scale[2];
+#pragma unroll
+        for (int atom = 0; atom < atoms; ++atom) {
+            const int k = (k_half * atoms + atom) * 16;
+            if (atom == 0 || k % GRANULE == 0) {
+                const auto param = [&](int i) {
+                    return load_shared(half_slab + Packed::param(i, k / GRANULE, warp % 2) + lane / 4 * 4);
+                };
+                group = Decoder::group(param);
+                const u32 pair = param(0);
+                scale[0] = __byte_perm(pair, 0, 0x1010), scale[1] = __byte_perm(pair, 0, 0x3232);
+            }
+            Decoder::decode(a[atom],
+                            &codes[atom / Packed::atoms_per_block].word[atom % Packed::atoms_per_block * Packed::words],
+                            group, shared + Place::table);
+#pragma unroll
+            for (int i = 0; i < 4; ++i) a[atom][i] = Activation::multiply(a[atom][i], scale[i % 2]);
+        }
+    }
+
+    // ---- the end of a segment
+
+    static __device__ float4& quad(float* sums, int i) { return reinterpret_cast<float4*>(sums)[i]; }
+
+    __device__ void finish(const Segments& all) {
+        wait_for_previous_kernel();
+        if (Tile::wgs_k > 1 && !add_k_groups()) return;
+        if (Tile::cluster > 1 && !add_cluster()) return;
+        if (all.is_shared() && !add_blocks(all)) return;
+        const Corner corner(args, all.now.tile);
+#pragma unroll
+        for (int r = 0; r < Tile::row_blocks; ++r)
+            store(sums[r], SLAB_N * (corner.row_block + wg_n * Tile::row_blocks + r) + 16 * warp, corner.token);
+    }
+
+    // Where this thread's accumulators of row block r lie in a share of the tile: neighbours side by side.
+    __device__ int share_offset(int r, int i) const {
+        return (((wg_n * Tile::row_blocks + r) * (Tile::sums / 4) + i) * 4 * WARP + warp * WARP + lane) * 16;
+    }
+
+    __device__ void put(float* at, const float* s) const {
+        *reinterpret_cast<float4*>(at) = {s[0], s[1], s[2], s[3]};
+    }
+
+    static __device__ void add(float* s, const float4& other) {
+        s[0] += other.x, s[1] += other.y, s[2] += other.z, s[3] += other.w;
+    }
+
+    template <class Visit>
+    static __device__ void each_quad(Visit visit) {
+#pragma unroll
+        for (int r = 0; r < Tile::row_blocks; ++r)
+#pragma unroll
+            for (int i = 0; i < Tile::sums / 4; ++i) visit(r, i);
+    }
+
+    // Adds the K groups up in the first one; false for the others.
+    __device__ bool add_k_groups() {
+        const u32 shares = shared + Place::k_shares;
+        barrier_sync(1, Tile::consumers);  // the segment before has been read
+        if (wg_k > 0)
+            each_quad([&](int r, int i) {
+                const float* s = sums[r] + 4 * i;
+                store_shared_vec4(shares + (wg_k - 1) * Place::share_bytes + share_offset(r, i),
+                                  {__float_as_uint(s[0]), __float_as_uint(s[1]), __float_as_uint(s[2]), __float_as_uint(s[3])});
+            });
+        barrier_sync(1, Tile::consumers);
+        if (wg_k > 0) return false;
+#pragma unroll
+        for (int g = 0; g < Tile::wgs_k - 1; ++g)
+            each_quad([&](int r, int i) {
+                const Vec4 v = load_shared_vec4(shares + g * Place::share_bytes + share_offset(r, i));
+#pragma unroll
+                for (int j = 0; j < 4; ++j) sums[r][4 * i + j] += __uint_as_float(v.word[j]);
+            });
+        return true;
+    }
+
+    // Adds the blocks of the cluster up in the first one; false for the others. A cluster computes one tile.
+    __device__ bool add_cluster() {
+        const int rank = static_cast<int>(cluster_rank());
+        const u32 shares = shared + Place::cluster_shares, arrived = shared + Place::arrived;
+        if (rank > 0) {
+            const u32 remote = cluster_address(shares + (rank - 1) * Place::share_bytes, 0);
+            const u32 barrier = cluster_address(arrived, 0);
+            each_quad([&](int r, int i) {
+                const float* s = sums[r] + 4 * i;
+                store_cluster_async(remote + share_offset(r, i), {s[0], s[1], s[2], s[3]}, barrier);
+            });
+            return false;
+        }
+        barrier_wait(arrived, 0);
+#pragma unroll
+        for (int other = 0; other < Tile::cluster - 1; ++other)
+            each_quad([&](int r, int i) {
+                const Vec4 v = load_shared_vec4(shares + other * Place::share_bytes + share_offset(r, i));
+#pragma unroll
+                for (int j = 0; j < 4; ++j) sums[r][4 * i + j] += __uint_as_float(v.word[j]);
+            });
+        return true;
+    }
+
+    // Blocks that share a tile leave their parts in global memory; the last to arrive adds them up in block order.
+    __device__ bool add_blocks(const Segments& all) {
+        constexpr int threads = 4 * WARP * Tile::wgs_n;
+        u8* const partials = reinterpret_cast<u8*>(args.partials);
+        const auto part = [&](int block) { return partials + static_cast<i64>(all.slot(block)) * Place::share_bytes; };
+        u8* const own = part(all.block);
+        each_quad([&](int r, int i) { put(reinterpret_cast<float*>(own + share_offset(r, i)), sums[r] + 4 * i); });
+        __threadfence();
+        barrier_sync(2, threads);
+        const int first = all.first_block(), last = all.last_block();
+        const u32 flag = shared + Place::arrived + 8;
+        if (threadIdx.x == 0) store_shared(flag, increment_wrapping(args.counters + all.shared_tile(), last - first));
+        barrier_sync(2, threads);
+        const bool is_last = load_shared(flag) == static_cast<u32>(last - first);
+        barrier_sync(2, threads);  // read before it is written for the next segment
+        if (!is_last) return false;
+        __threadfence();
+        each_quad([&](int r, int i) {
+#pragma unroll
+            for (int j = 0; j < 4; ++j) sums[r][4 * i + j] = 0.0f;
+        });
+        for (int block = first; block <= last; ++block) {
+            const u8* const other = part(block);
+            each_quad([&](int r, int i) {
+                add(sums[r] + 4 * i, load_global_l2(reinterpret_cast<const float4*>(other + share_offset(r, i))));
+            });
+        }
+        return true;
+    }
+
+    // 16 rows of a warp, turned over 16 tokens at a time: y wants a token's outputs side by side.
+    __device__ void store(const float* s, int row, int token) const {
+        const u32 turn = shared + Place::turn + threadIdx.x / WARP * Place::turn_bytes;
+        float bias[2] = {0.0f, 0.0f};
+        if (args.bias) {
+#pragma unroll
+            for (int i = 0; i < 2; ++i) {
+                const int mine = row + lane / 4 + 8 * i;
+                if (mine < args.N) bias[i] = Activation::to_float(args.bias[mine]);
+            }
+        }
+        const int my_row = row + lane % 2 * 8;
+#pragma unroll
+        for (int t = 0; t < Tile::tokens / 16; ++t) {
+            if (token + 16 * t >= args.M) break;
+            Vec4 pairs;
+#pragma unroll
+            for (int i = 0; i < 4; ++i)
+                pairs.word[i] = Activation::pack(s[8 * t + 2 * i] + bias[i % 2], s[8 * t + 2 * i + 1] + bias[i % 2]);
+            __syncwarp();
+            store_matrix_x4_turned(turn + (lane / 16 * 8 + lane % 8) * 32 + lane / 8 % 2 * 16, pairs);
+            __syncwarp();
+            const int my_token = token + 16 * t + lane / 2;
+            const Vec4 out = load_shared_vec4(turn + 16 * lane);
+            if (my_token >= args.M) continue;
+            u16* y = args.y + my_token * args.y_stride + my_row;
+            if (args.y_vector && my_row + 8 <= args.N) {
+                *reinterpret_cast<Vec4*>(y) = out;
+                continue;
+            }
+#pragma unroll
+            for (int i = 0; i < 8; ++i)
+                if (my_row + i < args.N) y[i] = static_cast<u16>(out.word[i / 2] >> (i % 2 * 16));
+        }
+    }
+};
+
+extern "C" __global__ void __cluster_dims__(Config::cluster) __launch_bounds__(Tile::threads, Config::blocks_per_sm)
+    gemm(const __grid_constant__ Args args) {
+    extern __shared__ __align__(1024) u8 memory[];
+    const u32 shared = shared_address(memory);
+    allow_next_kernel();
+    if (threadIdx.x == 0) {
+        for (int stage = 0; stage < Tile::stages; ++stage) {
+            barrier_init(shared + Place::full + 8 * stage, 2);
+            barrier_init(shared + Place::empty + 8 * stage, 4 * Tile::wgs_n);
+        }
+        barrier_init(shared + Place::arrived, 1);
+        if (Tile::cluster > 1) barrier_expect(shared + Place::arrived, (Tile::cluster - 1) * Place::share_bytes);
+        barrier_init_fence();
+    }
+    Decoder::fill_table(shared + Place::table, threadIdx.x, Tile::threads);
+    if (Tile::cluster > 1) cluster_sync();
+    else __syncthreads();
+
+    if (warpgroup_index() == Tile::wgs_n * Tile::wgs_k) {
+        warpgroup_give_registers<Config::producer_registers>();
+        if (threadIdx.x == Tile::consumers) produce_weights(args, shared);
+        if (threadIdx.x == Tile::consumers + WARP) produce_x(args, shared);
+    } else {
+        warpgroup_take_registers<Config::consumer_registers>();
+        Consumer(args, shared).run();
+    }
+}
