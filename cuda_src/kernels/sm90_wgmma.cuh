@@ -157,9 +157,14 @@ __device__ inline void produce_x(const Args& args, u32 shared) {
 
 // What a consumer warpgroup does, and its accumulators.
 struct Consumer {
-    static constexpr int atoms = 4;                                    // decoded between two waits
-    static constexpr int k_halves = SLAB_K / (16 * atoms);
-    static constexpr int loads = atoms / Packed::atoms_per_block;      // of 16 bytes
+    static constexpr int atoms = Config::atoms;                        // decoded together
+    static constexpr int groups = SLAB_K / (16 * atoms);               // of wgmma in a slab
+    static constexpr int sets = Config::sets;                          // of A registers; all but one are in use by wgmma
+
+    struct Scales {
+        typename Decoder::Group group;
+        u32 row[2];  // g and g + 8, twice each
+    };
 
     const Args& args;
     const u32 shared;
@@ -181,8 +186,7 @@ struct Consumer {
 
 private:
     __device__ void release(int stage) {
-        __syncwarp();
-        if (lane == 0) barrier_arrive(shared + Place::empty + 8 * stage);
+        barrier_arrive_if(lane == 0 && stage >= 0, shared + Place::empty + 8 * stage);
     }
 
     // This K group's share of `count` stages.
@@ -192,7 +196,9 @@ private:
 #pragma unroll
             for (int i = 0; i < Tile::sums; ++i) sums[r][i] = 0.0f;
 
-        u32 a[2][Tile::row_blocks][atoms][4];
+        u32 a[sets][Tile::row_blocks][atoms][4];
+        Vec4 codes[Tile::row_blocks];
+        Scales scales[Tile::row_blocks];
         int before = -1;  // the stage whose last products may be under way
         const int skip = (wg_k + Tile::wgs_k - ring.stage % Tile::wgs_k) % Tile::wgs_k;
         Ring mine = ring;
@@ -203,22 +209,25 @@ private:
             const u32 slab = shared + Place::weights + mine.stage * Place::weight_bytes +
                              wg_n * Tile::row_blocks * Packed::slab_bytes + warp / 2 * Packed::half_bytes;
 #pragma unroll
-            for (int half = 0; half < k_halves; ++half) {
+            for (int group = 0; group < groups; ++group) {
+                const int set = group % sets;
 #pragma unroll
-                for (int r = 0; r < Tile::row_blocks; ++r) decode(a[half % 2][r], slab + r * Packed::slab_bytes, half);
+                for (int j = 0; j < atoms; ++j)
+#pragma unroll
+                    for (int r = 0; r < Tile::row_blocks; ++r)
+                        decode(a[set][r][j], codes[r], scales[r], slab + r * Packed::slab_bytes, group * atoms + j);
                 wgmma_fence();
 #pragma unroll
                 for (int r = 0; r < Tile::row_blocks; ++r)
 #pragma unroll
-                    for (int atom = 0; atom < atoms; ++atom)
+                    for (int j = 0; j < atoms; ++j)
 #pragma unroll
                         for (int piece = 0; piece < Tile::pieces; ++piece)
-                            wgmma<Activation, Tile::piece>(
-                                sums[r] + piece * Tile::piece / 2, a[half % 2][r][atom],
-                                x + ((half * Place::x_half + piece * Tile::piece * 128 + 32 * atom) >> 4));
+                            wgmma<Activation, Tile::piece>(sums[r] + piece * Tile::piece / 2, a[set][r][j],
+                                                           x + (x_offset(group * atoms + j, piece) >> 4));
                 wgmma_commit();
-                wgmma_wait<1>();
-                if (half == 0 && before >= 0) release(before);
+                wgmma_wait<sets - 1>();
+                if (group == sets - 2) release(before);
             }
             before = mine.stage;
             mine.advance(Tile::wgs_k);
@@ -228,35 +237,32 @@ private:
         for (int r = 0; r < Tile::row_blocks; ++r)
 #pragma unroll
             for (int i = 0; i < Tile::sums; ++i) asm volatile("" : "+f"(sums[r][i])::"memory");
-        if (before >= 0) release(before);
+        release(before);
         ring.advance(count);
     }
 
-    // A fragments of 64 K of a row block, times their scales.
-    __device__ void decode(u32 (&a)[atoms][4], u32 half_slab, int k_half) const {
-        Vec4 codes[loads];
-#pragma unroll
-        for (int i = 0; i < loads; ++i)
-            codes[i] = load_shared_vec4(half_slab + Packed::block(k_half * loads + i, warp % 2) + 16 * lane);
-        typename Decoder::Group group;
-        u32 scale[2];
-#pragma unroll
-        for (int atom = 0; atom < atoms; ++atom) {
-            const int k = (k_half * atoms + atom) * 16;
-            if (atom == 0 || k % GRANULE == 0) {
-                const auto param = [&](int i) {
-                    return load_shared(half_slab + Packed::param(i, k / GRANULE, warp % 2) + lane / 4 * 4);
-                };
-                group = Decoder::group(param);
-                const u32 pair = param(0);
-                scale[0] = __byte_perm(pair, 0, 0x1010), scale[1] = __byte_perm(pair, 0, 0x3232);
-            }
-            Decoder::decode(a[atom],
-                            &codes[atom / Packed::atoms_per_block].word[atom % Packed::atoms_per_block * Packed::words],
-                            group, shared + Place::table);
-#pragma unroll
-            for (int i = 0; i < 4; ++i) a[atom][i] = Activation::multiply(a[atom][i], scale[i % 2]);
+    static __device__ constexpr int x_offset(int atom, int piece) {
+        return atom / 4 * Place::x_half + atom % 4 * 32 + piece * Tile::piece * 128;
+    }
+
+    // The A fragment of 16 rows x 16 K of a slab, times its scales. Codes and scales are loaded where theirs begin.
+    __device__ void decode(u32 (&a)[4], Vec4& codes, Scales& scales, u32 half_slab, int atom) const {
+        if (atom % Packed::atoms_per_block == 0)
+            codes = load_shared_vec4(half_slab + Packed::block(atom / Packed::atoms_per_block, warp % 2) + 16 * lane);
+        if (atom * 16 % GRANULE == 0) {
+            const auto param = [&](int i) {
+                return load_shared(half_slab + Packed::param(i, atom * 16 / GRANULE, warp % 2) + lane / 4 * 4);
+            };
+            scales.group = Decoder::group(param);
+            const u32 pair = param(0);
+            scales.row[0] = __byte_perm(pair, 0, 0x1010), scales.row[1] = __byte_perm(pair, 0, 0x3232);
         }
+        u32* const words = &codes.word[atom % Packed::atoms_per_block * Packed::words];
+#pragma unroll
+        for (int i = 0; i < Packed::words; ++i) pin(words[i]);
+        Decoder::decode(a, words, scales.group, shared + Place::table);
+#pragma unroll
+        for (int i = 0; i < 4; ++i) a[i] = Activation::multiply(a[i], scales.row[i % 2]), pin(a[i]);
     }
 
     // ---- the end of a segment

@@ -29,8 +29,13 @@ __device__ inline void barrier_expect(u32 barrier, int bytes) {
     asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(barrier), "r"(bytes) : "memory");
 }
 
-__device__ inline void barrier_arrive(u32 barrier) {
-    asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(barrier) : "memory");
+// A predicate, not a branch: between wgmma that are under way, a branch makes the compiler wait for them.
+__device__ inline void barrier_arrive_if(bool condition, u32 barrier) {
+    asm volatile(
+        "{ .reg .pred p; setp.ne.b32 p, %1, 0;\n"
+        "@p mbarrier.arrive.shared::cta.b64 _, [%0]; }" ::"r"(barrier),
+        "r"(static_cast<int>(condition))
+        : "memory");
 }
 
 // Starts a copy that `barrier` expects; addresses and size are multiples of 16.

@@ -10,6 +10,12 @@ __device__ inline void wgmma_fence() {
     asm volatile("wgmma.fence.sync.aligned;" ::: "memory");
 }
 
+// Keeps what computes `value` before, and what uses it after this point: registers of wgmma must not be written while a
+// group is under way, and the compiler would move arithmetic across.
+__device__ inline void pin(u32& value) {
+    asm volatile("" : "+r"(value)::"memory");
+}
+
 __device__ inline void wgmma_commit() {
     asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory");
 }

@@ -42,6 +42,8 @@ class Config:
     stages: int
     cluster: int
     blocks_per_sm: int = 1
+    atoms: int = 1
+    sets: int = 2
 
     @property
     def consumers(self) -> int:
