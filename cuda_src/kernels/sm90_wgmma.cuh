@@ -38,10 +38,10 @@ struct Args {
     u32* counters;      // one per shared tile, 0 before and after
     i64 y_stride;       // elements between tokens
     int M, N;
-    int slabs_n, slabs_k;
-    int tiles_m, tiles;
-    int whole;          // tiles that each block computes alone
+    int slabs_n;
+    int tiles_m, tiles_n;
     int y_vector;       // rows of y start at multiples of 16 bytes
+    Schedule schedule;
 };
 
 struct Tile : Config {
@@ -55,6 +55,8 @@ struct Tile : Config {
     static_assert(Config::stages % Config::wgs_k == 0, "a K group that runs ahead must not meet another's stages");
     static_assert(Config::stages >= 2 * Config::wgs_k, "a K group gives a stage back when it works on its next");
 };
+
+enum Barrier { ALL = 1, CONSUMERS, FIRST_K_GROUP };
 
 using Decoder = Codec<Activation, Scale>;
 using Packed = Layout<Decoder, GRANULE>;
@@ -79,8 +81,7 @@ struct Place {
 };
 
 __device__ inline Segments segments_of(const Args& args) {
-    return {args.tiles, args.slabs_k, args.whole, static_cast<int>(gridDim.x) / Tile::cluster,
-            static_cast<int>(blockIdx.x) / Tile::cluster};
+    return {args.schedule, static_cast<int>(blockIdx.x) / Tile::cluster};
 }
 
 // K range of this block within a segment: clusters divide it.
@@ -109,8 +110,12 @@ struct Corner {
     int row_block, token;
     __device__ Corner(const Args& args, int tile) {
         constexpr int band = 8;
-        const int tiles_n = args.tiles / args.tiles_m;
-        const int first = tile / (band * tiles_n) * band, within = tile % (band * tiles_n);
+        if (args.tiles_m == 1) {
+            row_block = tile * Tile::slabs;
+            token = 0;
+            return;
+        }
+        const int first = tile / (band * args.tiles_n) * band, within = tile % (band * args.tiles_n);
         const int width = args.tiles_m - first < band ? args.tiles_m - first : band;
         row_block = within / width * Tile::slabs;
         token = (first + within % width) * Tile::tokens;
@@ -123,7 +128,7 @@ __device__ inline void produce_weights(const Args& args, u32 shared) {
     for (Segments all = segments_of(args); all.next();) {
         const int first = Corner(args, all.now.tile).row_block;
         const int count = args.slabs_n - first < Tile::slabs ? args.slabs_n - first : Tile::slabs;
-        const i64 pitch = static_cast<i64>(args.slabs_k) * Packed::slab_bytes;
+        const i64 pitch = static_cast<i64>(args.schedule.steps) * Packed::slab_bytes;
         const Range range(all.now);
         const u8* source = args.weight + first * pitch + static_cast<i64>(range.begin) * Packed::slab_bytes;
         for (int k = range.begin; k < range.end; ++k, source += Packed::slab_bytes) {
@@ -304,14 +309,14 @@ private:
     // Adds the K groups up in the first one; false for the others.
     __device__ bool add_k_groups() {
         const u32 shares = shared + Place::k_shares;
-        barrier_sync(1, Tile::consumers);  // the segment before has been read
+        barrier_sync(CONSUMERS, Tile::consumers);  // the segment before has been read
         if (wg_k > 0)
             each_quad([&](int r, int i) {
                 const float* s = sums[r] + 4 * i;
                 store_shared_vec4(shares + (wg_k - 1) * Place::share_bytes + share_offset(r, i),
                                   {__float_as_uint(s[0]), __float_as_uint(s[1]), __float_as_uint(s[2]), __float_as_uint(s[3])});
             });
-        barrier_sync(1, Tile::consumers);
+        barrier_sync(CONSUMERS, Tile::consumers);
         if (wg_k > 0) return false;
 #pragma unroll
         for (int g = 0; g < Tile::wgs_k - 1; ++g)
@@ -328,6 +333,7 @@ private:
         const int rank = static_cast<int>(cluster_rank());
         const u32 shares = shared + Place::cluster_shares, arrived = shared + Place::arrived;
         if (rank > 0) {
+            cluster_wait();  // the first block has started
             const u32 remote = cluster_address(shares + (rank - 1) * Place::share_bytes, 0);
             const u32 barrier = cluster_address(arrived, 0);
             each_quad([&](int r, int i) {
@@ -348,22 +354,21 @@ private:
     }
 
     // Blocks that share a tile leave their parts in global memory; the last to arrive adds them up in block order.
+    // The counter releases and acquires for all threads, which the barriers before and after it order.
     __device__ bool add_blocks(const Segments& all) {
         constexpr int threads = 4 * WARP * Tile::wgs_n;
         u8* const partials = reinterpret_cast<u8*>(args.partials);
         const auto part = [&](int block) { return partials + static_cast<i64>(all.slot(block)) * Place::share_bytes; };
         u8* const own = part(all.block);
         each_quad([&](int r, int i) { put(reinterpret_cast<float*>(own + share_offset(r, i)), sums[r] + 4 * i); });
-        __threadfence();
-        barrier_sync(2, threads);
+        barrier_sync(FIRST_K_GROUP, threads);
         const int first = all.first_block(), last = all.last_block();
         const u32 flag = shared + Place::arrived + 8;
         if (threadIdx.x == 0) store_shared(flag, increment_wrapping(args.counters + all.shared_tile(), last - first));
-        barrier_sync(2, threads);
+        barrier_sync(FIRST_K_GROUP, threads);
         const bool is_last = load_shared(flag) == static_cast<u32>(last - first);
-        barrier_sync(2, threads);  // read before it is written for the next segment
+        barrier_sync(FIRST_K_GROUP, threads);  // read before it is written for the next segment
         if (!is_last) return false;
-        __threadfence();
         each_quad([&](int r, int i) {
 #pragma unroll
             for (int j = 0; j < 4; ++j) sums[r][4 * i + j] = 0.0f;
@@ -414,12 +419,15 @@ private:
     }
 };
 
-extern "C" __global__ void __cluster_dims__(Config::cluster) __launch_bounds__(Tile::threads, Config::blocks_per_sm)
+extern "C" __global__ void __cluster_dims__(Config::cluster) __launch_bounds__(Tile::threads, 1)
     gemm(const __grid_constant__ Args args) {
     extern __shared__ __align__(1024) u8 memory[];
     const u32 shared = shared_address(memory);
     allow_next_kernel();
-    if (threadIdx.x == 0) {
+
+    // The first weights are on their way before the other warps have met.
+    const bool copies_weights = threadIdx.x / WARP == Tile::consumers / WARP;
+    if (threadIdx.x == Tile::consumers) {
         for (int stage = 0; stage < Tile::stages; ++stage) {
             barrier_init(shared + Place::full + 8 * stage, 2);
             barrier_init(shared + Place::empty + 8 * stage, 4 * Tile::wgs_n);
@@ -427,15 +435,23 @@ extern "C" __global__ void __cluster_dims__(Config::cluster) __launch_bounds__(T
         barrier_init(shared + Place::arrived, 1);
         if (Tile::cluster > 1) barrier_expect(shared + Place::arrived, (Tile::cluster - 1) * Place::share_bytes);
         barrier_init_fence();
+    } else if (threadIdx.x == Tile::consumers + WARP) {
+        prefetch_map(&args.x);
     }
-    Decoder::fill_table(shared + Place::table, threadIdx.x, Tile::threads);
-    if (Tile::cluster > 1) cluster_sync();
-    else __syncthreads();
+    __syncwarp();
+    if (Tile::cluster > 1) cluster_arrive();
+    if (copies_weights) {
+        barrier_arrive_only(ALL, Tile::threads);
+    } else {
+        if (threadIdx.x < Tile::consumers) Decoder::fill_table(shared + Place::table, threadIdx.x, Tile::consumers);
+        barrier_sync(ALL, Tile::threads);
+    }
 
     if (warpgroup_index() == Tile::wgs_n * Tile::wgs_k) {
         warpgroup_give_registers<Config::producer_registers>();
-        if (threadIdx.x == Tile::consumers) produce_weights(args, shared);
-        if (threadIdx.x == Tile::consumers + WARP) produce_x(args, shared);
+        const int role = static_cast<int>(uniform(threadIdx.x / WARP)) - Tile::consumers / WARP;
+        if (role == 0 && elect_lane()) produce_weights(args, shared);
+        if (role == 1 && elect_lane()) produce_x(args, shared);
     } else {
         warpgroup_take_registers<Config::consumer_registers>();
         Consumer(args, shared).run();

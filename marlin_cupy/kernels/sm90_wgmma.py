@@ -16,8 +16,8 @@ from marlin_cupy.kernels.problem import Kernel, Plan, Problem
 from marlin_cupy.layout import SLAB_K, SLAB_N, Layout
 from marlin_cupy.tensor import QuantizedTensor, Spec
 
-#: struct Args of the twin: a tensor map, five pointers, a stride, eight ints.
-_ARGS = struct.Struct("=128s5Qq8i56x")
+#: struct Args of the twin: a tensor map, five pointers, a stride, twelve ints.
+_ARGS = struct.Struct("=128s5Qq12i32x")
 _ARGUMENTS = launch.ArgumentBlock(_ARGS.size)
 _ARCH = "sm_90a"
 _WARPGROUP = 128
@@ -176,11 +176,14 @@ class WgmmaPlan(Plan):
             self.m,
             N,
             slabs_n,
-            slabs_k,
             self.grid.tiles_m,
-            self.grid.tiles,
-            self.grid.whole,
+            self.grid.tiles // self.grid.tiles_m,
             y_pointer % 16 == 0 and (self.m == 1 or y_stride % 8 == 0),
+            self.grid.tiles,
+            slabs_k,
+            self.grid.blocks,
+            self.grid.whole,
+            *divmod(self.grid.shared_tiles * slabs_k, self.grid.blocks),
         )
         self.function.launch(self.grid.blocks * self.config.cluster, self.config.threads, stream, _ARGUMENTS)
         return y
