@@ -272,8 +272,6 @@ private:
 
     // ---- the end of a segment
 
-    static __device__ float4& quad(float* sums, int i) { return reinterpret_cast<float4*>(sums)[i]; }
-
     __device__ void finish(const Segments& all) {
         wait_for_previous_kernel();
         if (Tile::wgs_k > 1 && !add_k_groups()) return;
@@ -285,10 +283,13 @@ private:
             store(sums[r], SLAB_N * (corner.row_block + wg_n * Tile::row_blocks + r) + 16 * warp, corner.token);
     }
 
-    // Where this thread's accumulators of row block r lie in a share of the tile: neighbours side by side.
-    __device__ int share_offset(int r, int i) const {
-        return (((wg_n * Tile::row_blocks + r) * (Tile::sums / 4) + i) * 4 * WARP + warp * WARP + lane) * 16;
+    // Where this thread's accumulators lie in a share of the tile, and the i-th four of row block r from there:
+    // neighbours side by side.
+    __device__ int share_offset() const {
+        return (wg_n * Tile::row_blocks * quads_per_block * 4 * WARP + warp * WARP + lane) * 16;
     }
+    static constexpr int quads_per_block = Tile::sums / 4;
+    static __device__ constexpr int quad_offset(int r, int i) { return (r * quads_per_block + i) * 4 * WARP * 16; }
 
     __device__ void put(float* at, const float* s) const {
         *reinterpret_cast<float4*>(at) = {s[0], s[1], s[2], s[3]};
@@ -303,7 +304,7 @@ private:
 #pragma unroll
         for (int r = 0; r < Tile::row_blocks; ++r)
 #pragma unroll
-            for (int i = 0; i < Tile::sums / 4; ++i) visit(r, i);
+            for (int i = 0; i < quads_per_block; ++i) visit(r, i);
     }
 
     // Adds the K groups up in the first one; false for the others.
@@ -313,7 +314,7 @@ private:
         if (wg_k > 0)
             each_quad([&](int r, int i) {
                 const float* s = sums[r] + 4 * i;
-                store_shared_vec4(shares + (wg_k - 1) * Place::share_bytes + share_offset(r, i),
+                store_shared_vec4(shares + (wg_k - 1) * Place::share_bytes + share_offset() + quad_offset(r, i),
                                   {__float_as_uint(s[0]), __float_as_uint(s[1]), __float_as_uint(s[2]), __float_as_uint(s[3])});
             });
         barrier_sync(CONSUMERS, Tile::consumers);
@@ -321,7 +322,7 @@ private:
 #pragma unroll
         for (int g = 0; g < Tile::wgs_k - 1; ++g)
             each_quad([&](int r, int i) {
-                const Vec4 v = load_shared_vec4(shares + g * Place::share_bytes + share_offset(r, i));
+                const Vec4 v = load_shared_vec4(shares + g * Place::share_bytes + share_offset() + quad_offset(r, i));
 #pragma unroll
                 for (int j = 0; j < 4; ++j) sums[r][4 * i + j] += __uint_as_float(v.word[j]);
             });
@@ -334,11 +335,11 @@ private:
         const u32 shares = shared + Place::cluster_shares, arrived = shared + Place::arrived;
         if (rank > 0) {
             cluster_wait();  // the first block has started
-            const u32 remote = cluster_address(shares + (rank - 1) * Place::share_bytes, 0);
+            const u32 remote = cluster_address(shares + (rank - 1) * Place::share_bytes + share_offset(), 0);
             const u32 barrier = cluster_address(arrived, 0);
             each_quad([&](int r, int i) {
                 const float* s = sums[r] + 4 * i;
-                store_cluster_async(remote + share_offset(r, i), {s[0], s[1], s[2], s[3]}, barrier);
+                store_cluster_async(remote + quad_offset(r, i), {s[0], s[1], s[2], s[3]}, barrier);
             });
             return false;
         }
@@ -346,7 +347,7 @@ private:
 #pragma unroll
         for (int other = 0; other < Tile::cluster - 1; ++other)
             each_quad([&](int r, int i) {
-                const Vec4 v = load_shared_vec4(shares + other * Place::share_bytes + share_offset(r, i));
+                const Vec4 v = load_shared_vec4(shares + other * Place::share_bytes + share_offset() + quad_offset(r, i));
 #pragma unroll
                 for (int j = 0; j < 4; ++j) sums[r][4 * i + j] += __uint_as_float(v.word[j]);
             });
@@ -358,9 +359,11 @@ private:
     __device__ bool add_blocks(const Segments& all) {
         constexpr int threads = 4 * WARP * Tile::wgs_n;
         u8* const partials = reinterpret_cast<u8*>(args.partials);
-        const auto part = [&](int block) { return partials + static_cast<i64>(all.slot(block)) * Place::share_bytes; };
+        const auto part = [&](int block) {
+            return partials + static_cast<i64>(all.slot(block)) * Place::share_bytes + share_offset();
+        };
         u8* const own = part(all.block);
-        each_quad([&](int r, int i) { put(reinterpret_cast<float*>(own + share_offset(r, i)), sums[r] + 4 * i); });
+        each_quad([&](int r, int i) { put(reinterpret_cast<float*>(own + quad_offset(r, i)), sums[r] + 4 * i); });
         barrier_sync(FIRST_K_GROUP, threads);
         const int first = all.first_block(), last = all.last_block();
         const u32 flag = shared + Place::arrived + 8;
@@ -375,9 +378,18 @@ private:
         });
         for (int block = first; block <= last; ++block) {
             const u8* const other = part(block);
-            each_quad([&](int r, int i) {
-                add(sums[r] + 4 * i, load_global_l2(reinterpret_cast<const float4*>(other + share_offset(r, i))));
-            });
+            constexpr int batch = quads_per_block % 8 == 0 ? 8 : 4;  // loads under way
+#pragma unroll
+            for (int r = 0; r < Tile::row_blocks; ++r)
+#pragma unroll
+                for (int i = 0; i < quads_per_block; i += batch) {
+                    float4 v[batch];
+#pragma unroll
+                    for (int j = 0; j < batch; ++j)
+                        v[j] = load_global_l2(reinterpret_cast<const float4*>(other + quad_offset(r, i + j)));
+#pragma unroll
+                    for (int j = 0; j < batch; ++j) add(sums[r] + 4 * (i + j), v[j]);
+                }
         }
         return true;
     }
