@@ -77,7 +77,7 @@ class QuantizedTensor:
     (ceil(N/64), ceil(K/128), slab_bytes) of any library, see ``layout.py``.
     """
 
-    __slots__ = ("_native", "device", "layout", "packed", "plans", "pointer", "spec")
+    __slots__ = ("_native", "device", "factors_pointer", "layout", "packed", "plans", "pointer", "range_factors", "spec")
 
     # NumPy and CuPy leave ``x @ w`` to __rmatmul__ when they see these.
     __array_ufunc__ = None
@@ -86,7 +86,7 @@ class QuantizedTensor:
     #: matmul, set by ``api``, which is above this module.
     multiply: ClassVar[Callable[[Array, QuantizedTensor], Array]]
 
-    def __init__(self, spec: Spec, packed: Array) -> None:
+    def __init__(self, spec: Spec, packed: Array, *, range_factors: Array | None = None) -> None:
         framework, packed = frameworks.resolve(packed, "packed")
         layout = spec.layout
         if tuple(packed.shape) != layout.packed_shape or framework.dtype(packed) != "uint8":
@@ -103,7 +103,15 @@ class QuantizedTensor:
         self.device = framework.device(packed)
         self._native = native
         self.plans: dict[Any, Any] = {}  # launches by (M, dtype), kept by the kernels
-        self.pointer = 0 if self.device == CPU else int(native.data.ptr)
+        self.pointer, self.factors_pointer = 0, 0
+        if self.device != CPU:
+            self.pointer = int(native.data.ptr)
+            if range_factors is None:
+                with _on(self.device):
+                    range_factors = layout.range_factors(native)
+            self.factors_pointer = int(range_factors.data.ptr)
+        #: On a GPU, float32 per output: see Layout.range_factors. Tensors over the same memory share it.
+        self.range_factors = range_factors
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -190,7 +198,8 @@ class QuantizedTensor:
                 native = native.get()
             elif where == "cupy" and self.device == CPU:
                 return self.to("cuda")
-            return QuantizedTensor(self.spec, frameworks.by_name(where).from_native(native))
+            factors = None if where == "numpy" else self.range_factors
+            return QuantizedTensor(self.spec, frameworks.by_name(where).from_native(native), range_factors=factors)
         try:
             device = Device.parse(where)
         except ValueError:
@@ -199,7 +208,7 @@ class QuantizedTensor:
                 'or a device ("cpu", "cuda", "cuda:N").'
             ) from None
         if device == self.device:
-            return QuantizedTensor(self.spec, self._native)
+            return QuantizedTensor(self.spec, self._native, range_factors=self.range_factors)
         return QuantizedTensor(self.spec, _moved(self._native, device))
 
     def update_(self, weight: Array, search: str = "absmax") -> QuantizedTensor:
@@ -216,7 +225,14 @@ class QuantizedTensor:
         if device != self.device:
             raise DeviceError(f"weight is on {device} and the packed buffer on {self.device}; move one of them.")
         _encode(native, self.spec, search, self._native)
+        self._refresh_factors()
         return self
+
+    def _refresh_factors(self) -> None:
+        """In the same memory, since launches in graphs read it."""
+        if self.range_factors is not None:
+            with _on(self.device):
+                self.range_factors[...] = self.layout.range_factors(self._native)
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write a safetensors file with one uint8 tensor "packed" and the description as metadata.

@@ -32,6 +32,7 @@
 struct Args {
     TensorMap x;        // boxes of 64 K x tokens
     const u8* weight;
+    const float* factors; // per output, a power of two that brings its largest scale near the top of float16
     const u16* bias;    // or null
     u16* y;
     float* partials;    // two tiles per block where blocks share tiles
@@ -166,15 +167,13 @@ struct Consumer {
     static constexpr int groups = SLAB_K / (16 * atoms);               // of wgmma in a slab
     static constexpr int sets = Config::sets;                          // of A registers; all but one are in use by wgmma
 
-    struct Scales {
-        typename Decoder::Group group;
-        u32 row[2];  // g and g + 8, twice each
-    };
+    using Scaled = typename Decoder::Scaled;
 
     const Args& args;
     const u32 shared;
     const int lane, warp, wg_n, wg_k;                                  // warp: in its warpgroup
     float sums[Tile::row_blocks][Tile::sums];
+    float factor[Tile::row_blocks][2];                                 // of rows g and g + 8
 
     __device__ Consumer(const Args& args, u32 shared)
         : args(args), shared(shared), lane(threadIdx.x % WARP), warp(threadIdx.x / WARP % 4),
@@ -184,14 +183,28 @@ struct Consumer {
         Ring ring;
         for (Segments all = segments_of(args); all.next();) {
             const Range range(all.now);
+            const Corner corner(args, all.now.tile);
+            load_factors(corner.row_block);
             multiply(ring, range.end - range.begin);
-            finish(all);
+            finish(all, corner);
         }
     }
 
 private:
     __device__ void release(int stage) {
         barrier_arrive_if(lane == 0 && stage >= 0, shared + Place::empty + 8 * stage);
+    }
+
+    __device__ void load_factors(int row_block) {
+#pragma unroll
+        for (int r = 0; r < Tile::row_blocks; ++r) {
+            const int block = row_block + wg_n * Tile::row_blocks + r;
+#pragma unroll
+            for (int i = 0; i < 2; ++i)
+                factor[r][i] = Scaled::needs_factors && block < args.slabs_n
+                                   ? args.factors[SLAB_N * block + 16 * warp + lane / 4 + 8 * i]
+                                   : 1.0f;
+        }
     }
 
     // This K group's share of `count` stages.
@@ -203,7 +216,7 @@ private:
 
         u32 a[sets][Tile::row_blocks][atoms][4];
         Vec4 codes[Tile::row_blocks];
-        Scales scales[Tile::row_blocks];
+        Scaled scaled[Tile::row_blocks];
         int before = -1;  // the stage whose last products may be under way
         const int skip = (wg_k + Tile::wgs_k - ring.stage % Tile::wgs_k) % Tile::wgs_k;
         Ring mine = ring;
@@ -220,7 +233,7 @@ private:
                 for (int j = 0; j < atoms; ++j)
 #pragma unroll
                     for (int r = 0; r < Tile::row_blocks; ++r)
-                        decode(a[set][r][j], codes[r], scales[r], slab + r * Packed::slab_bytes, group * atoms + j);
+                        decode(a[set][r][j], codes[r], scaled[r], factor[r], slab + r * Packed::slab_bytes, group * atoms + j);
                 wgmma_fence();
 #pragma unroll
                 for (int r = 0; r < Tile::row_blocks; ++r)
@@ -251,36 +264,35 @@ private:
     }
 
     // The A fragment of 16 rows x 16 K of a slab, times its scales. Codes and scales are loaded where theirs begin.
-    __device__ void decode(u32 (&a)[4], Vec4& codes, Scales& scales, u32 half_slab, int atom) const {
+    __device__ void decode(u32 (&a)[4], Vec4& codes, Scaled& scaled, const float (&factor)[2], u32 half_slab, int atom) const {
         if (atom % Packed::atoms_per_block == 0)
             codes = load_shared_vec4(half_slab + Packed::block(atom / Packed::atoms_per_block, warp % 2) + 16 * lane);
         if (atom * 16 % GRANULE == 0) {
             const auto param = [&](int i) {
                 return load_shared(half_slab + Packed::param(i, atom * 16 / GRANULE, warp % 2) + lane / 4 * 4);
             };
-            scales.group = Decoder::group(param);
             const u32 pair = param(0);
-            scales.row[0] = __byte_perm(pair, 0, 0x1010), scales.row[1] = __byte_perm(pair, 0, 0x3232);
+            scaled = Scaled(Decoder::group(param), Scale::to_float(pair & 0xFFFFu) * factor[0],
+                            Scale::to_float(pair >> 16) * factor[1]);
         }
         u32* const words = &codes.word[atom % Packed::atoms_per_block * Packed::words];
 #pragma unroll
         for (int i = 0; i < Packed::words; ++i) pin(words[i]);
-        Decoder::decode(a, words, scales.group, shared + Place::table);
+        scaled.decode(a, words, shared + Place::table);
 #pragma unroll
-        for (int i = 0; i < 4; ++i) a[i] = Activation::multiply(a[i], scales.row[i % 2]), pin(a[i]);
+        for (int i = 0; i < 4; ++i) pin(a[i]);
     }
 
     // ---- the end of a segment
 
-    __device__ void finish(const Segments& all) {
+    __device__ void finish(const Segments& all, const Corner& corner) {
         wait_for_previous_kernel();
         if (Tile::wgs_k > 1 && !add_k_groups()) return;
         if (Tile::cluster > 1 && !add_cluster()) return;
         if (all.is_shared() && !add_blocks(all)) return;
-        const Corner corner(args, all.now.tile);
 #pragma unroll
         for (int r = 0; r < Tile::row_blocks; ++r)
-            store(sums[r], SLAB_N * (corner.row_block + wg_n * Tile::row_blocks + r) + 16 * warp, corner.token);
+            store(sums[r], factor[r], SLAB_N * (corner.row_block + wg_n * Tile::row_blocks + r) + 16 * warp, corner.token);
     }
 
     // Where this thread's accumulators lie in a share of the tile, and the i-th four of row block r from there:
@@ -372,13 +384,14 @@ private:
         const bool is_last = load_shared(flag) == static_cast<u32>(last - first);
         barrier_sync(FIRST_K_GROUP, threads);  // read before it is written for the next segment
         if (!is_last) return false;
+        // This block's own part is read back too: it has its place in the order, and registers for a second sum do not exist.
+        constexpr int batch = quads_per_block % 8 == 0 ? 8 : quads_per_block % 4 == 0 ? 4 : 2;  // loads under way
         each_quad([&](int r, int i) {
 #pragma unroll
             for (int j = 0; j < 4; ++j) sums[r][4 * i + j] = 0.0f;
         });
         for (int block = first; block <= last; ++block) {
             const u8* const other = part(block);
-            constexpr int batch = quads_per_block % 8 == 0 ? 8 : 4;  // loads under way
 #pragma unroll
             for (int r = 0; r < Tile::row_blocks; ++r)
 #pragma unroll
@@ -395,9 +408,10 @@ private:
     }
 
     // 16 rows of a warp, turned over 16 tokens at a time: y wants a token's outputs side by side.
-    __device__ void store(const float* s, int row, int token) const {
+    __device__ void store(const float* s, const float (&factor)[2], int row, int token) const {
         const u32 turn = shared + Place::turn + threadIdx.x / WARP * Place::turn_bytes;
         float bias[2] = {0.0f, 0.0f};
+        const float undo[2] = {1.0f / (factor[0] * Scaled::unit), 1.0f / (factor[1] * Scaled::unit)};  // powers of two
         if (args.bias) {
 #pragma unroll
             for (int i = 0; i < 2; ++i) {
@@ -412,7 +426,8 @@ private:
             Vec4 pairs;
 #pragma unroll
             for (int i = 0; i < 4; ++i)
-                pairs.word[i] = Activation::pack(s[8 * t + 2 * i] + bias[i % 2], s[8 * t + 2 * i + 1] + bias[i % 2]);
+                pairs.word[i] = Activation::pack(s[8 * t + 2 * i] * undo[i % 2] + bias[i % 2],
+                                                 s[8 * t + 2 * i + 1] * undo[i % 2] + bias[i % 2]);
             __syncwarp();
             store_matrix_x4_turned(turn + (lane / 16 * 8 + lane % 8) * 32 + lane / 8 % 2 * 16, pairs);
             __syncwarp();

@@ -16,8 +16,8 @@ from marlin_cupy.kernels.problem import Kernel, Plan, Problem
 from marlin_cupy.layout import SLAB_K, SLAB_N, Layout
 from marlin_cupy.tensor import QuantizedTensor, Spec
 
-#: struct Args of the twin: a tensor map, five pointers, a stride, twelve ints.
-_ARGS = struct.Struct("=128s5Qq12i32x")
+#: struct Args of the twin: a tensor map, six pointers, a stride, twelve ints.
+_ARGS = struct.Struct("=128s6Qq12i24x")
 _ARGUMENTS = launch.ArgumentBlock(_ARGS.size)
 _ARCH = "sm_90a"
 _WARPGROUP = 128
@@ -168,6 +168,7 @@ class WgmmaPlan(Plan):
             0,
             tensor_map.of_matrix(x_pointer, self.dtype, (self.m, K), x_stride, (self.config.tokens, _BOX_K)),
             w.pointer,
+            w.factors_pointer,
             0 if bias is None else framework.pointer(bias),
             y_pointer,
             partials,
