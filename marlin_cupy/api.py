@@ -19,7 +19,14 @@ from marlin_cupy.tensor import QuantizedTensor
 Array = Any  # an array of any library
 
 
-def matmul(x: Array, w: QuantizedTensor, bias: Array | None = None, out: Array | None = None) -> Array:
+def matmul(
+    x: Array,
+    w: QuantizedTensor,
+    bias: Array | None = None,
+    out: Array | None = None,
+    *,
+    batch_invariant: bool = False,
+) -> Array:
     """y = x @ W + bias, computed where the weight lives.
 
     Args:
@@ -29,6 +36,8 @@ def matmul(x: Array, w: QuantizedTensor, bias: Array | None = None, out: Array |
         bias: the dtype, library and device of x, [N], contiguous; added in float32 before the one rounding.
         out: the dtype, library and device of x, [..., N]; written and returned. Not for JAX, whose arrays are
             immutable. It must not overlap x.
+        batch_invariant: every row of y has the same bits whatever the number of rows and whatever the others hold.
+            UnsupportedError where no kernel can promise it.
 
     Returns:
         [..., N] in x's library, dtype and device.
@@ -59,9 +68,10 @@ def matmul(x: Array, w: QuantizedTensor, bias: Array | None = None, out: Array |
     if device == w.device and (device == CPU or isinstance(framework, StreamFramework)):
         if device != CPU and 0 not in x.shape:  # an empty array has no strides to speak of
             _check_strides(framework, x, bias, target)
-        y = _plan(w, math.prod(x.shape[:-1]), dtype).multiply(framework, x, w, bias, target)
+        plan = _plan(w, math.prod(x.shape[:-1]), dtype, batch_invariant)
+        y = plan.multiply(framework, x, w, bias, target)
     else:
-        y = _through_cupy(framework, x, w, bias, target)
+        y = _through_cupy(framework, x, w, bias, target, batch_invariant)
     return y if out is None else out
 
 
@@ -84,13 +94,14 @@ class Explanation:
         return "\n".join(lines + [f"not {name}: {reason}" for name, reason in self.passed_over.items()])
 
 
-def explain(shape: Sequence[int], dtype: Any, w: QuantizedTensor) -> Explanation:
+def explain(shape: Sequence[int], dtype: Any, w: QuantizedTensor, *, batch_invariant: bool = False) -> Explanation:
     """Which kernel and configuration :func:`matmul` uses for x of that shape and dtype, and why no other.
 
     Args:
         shape: shape (..., K) of x.
         dtype: dtype of x, of any library or by name.
         w: the weight.
+        batch_invariant: as in :func:`matmul`.
 
     Raises:
         UnsupportedError: no kernel serves it; the message has every kernel's reason.
@@ -103,30 +114,33 @@ def explain(shape: Sequence[int], dtype: Any, w: QuantizedTensor) -> Explanation
     if len(shape) == 0 or shape[-1] != K or min(shape) < 0:
         raise ValueError(f"shape is {tuple(shape)} and the weight (K={K}, N={N}); use (..., {K}).")
     name = str(getattr(dtype, "name", None) or getattr(dtype, "__name__", None) or dtype).removeprefix("torch.")
-    problem = _problem(math.prod(shape[:-1]), name, w)
+    problem = problem_of(w, math.prod(shape[:-1]), name, batch_invariant)
     chosen = kernels.choose(problem)
     passed_over = {
-        other: reason or f"serves this too, {chosen.name} is preferred"
+        other: reason or f"serves this too, {chosen.kernel} is preferred"
         for other, reason in kernels.refusals(problem).items()
-        if other != chosen.name
+        if other != chosen.kernel
     }
-    return Explanation(chosen.name, str(chosen.plan(problem)), passed_over)
+    return Explanation(chosen.kernel, str(chosen.configuration), passed_over)
 
 
-def _plan(w: QuantizedTensor, m: int, dtype: str) -> Plan:
+def _plan(w: QuantizedTensor, m: int, dtype: str, batch_invariant: bool) -> Plan:
     """The kernel for M rows of ``dtype``, made ready once per weight."""
-    found: Plan | None = w.plans.get((m, dtype))
+    found: Plan | None = w.plans.get((m, dtype, batch_invariant))
     if found is None:
-        problem = _problem(m, dtype, w)
-        found = w.plans[m, dtype] = kernels.choose(problem).plan(problem)
+        problem = problem_of(w, m, dtype, batch_invariant)
+        found = w.plans[m, dtype, batch_invariant] = kernels.plan(problem, kernels.choose(problem))
     return found
 
 
-def _problem(m: int, dtype: str, w: QuantizedTensor) -> Problem:
-    return Problem(m, dtype, w.spec, None if w.device == CPU else gpu(w.device.index))
+def problem_of(w: QuantizedTensor, m: int, dtype: str, batch_invariant: bool = False) -> Problem:
+    """What :func:`matmul` asks the kernels for M rows of ``dtype``."""
+    return Problem(m, dtype, w.spec, None if w.device == CPU else gpu(w.device.index), batch_invariant)
 
 
-def _through_cupy(framework: Framework, x: Array, w: QuantizedTensor, bias: Any, out: Any) -> Array:
+def _through_cupy(
+    framework: Framework, x: Array, w: QuantizedTensor, bias: Any, out: Any, batch_invariant: bool
+) -> Array:
     """For libraries without a stream of their own to launch on: CuPy computes, DLPack or a copy hands over."""
     cupy = import_cupy("a weight on a GPU")
     with cupy.cuda.Device(w.device.index):
@@ -134,7 +148,7 @@ def _through_cupy(framework: Framework, x: Array, w: QuantizedTensor, bias: Any,
             None if array is None else cupy.ascontiguousarray(cupy.asarray(framework.to_native(array)))
             for array in (x, bias)
         ]
-        y = matmul(arrays[0], w, arrays[1])
+        y = matmul(arrays[0], w, arrays[1], batch_invariant=batch_invariant)
         if out is None:
             return framework.from_native(y)
         framework.to_native(out)[...] = y.get() if framework.device(out) == CPU else y

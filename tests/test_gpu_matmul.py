@@ -264,4 +264,4 @@ def test_explain_names_the_kernel_and_its_configuration() -> None:
     assert "host memory" in found.passed_over["reference"]
     assert "up to 16 rows, not 64" in found.passed_over["sm90_stream"]
     mc.matmul(activations(64, 4160, "bfloat16"), w)
-    assert str(w.plans[64, "bfloat16"]) == found.config
+    assert str(w.plans[64, "bfloat16", False]) == found.config
