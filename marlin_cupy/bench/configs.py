@@ -1,6 +1,6 @@
-"""The speed of every configuration of the portable kernel on a large layer: the table that it chooses by.
+"""The speed of every tile of the portable kernel on a large layer, to fit the table by which it predicts.
 
-Prints nanoseconds of one SM per slab, to be copied to ``CONFIGS`` in ``kernels/sm80_gemm.py``::
+Prints nanoseconds of one SM per slab, launch included, beside those of ``CONFIGS`` in ``kernels/sm80_gemm.py``::
 
     python -m marlin_cupy.bench.configs
 """

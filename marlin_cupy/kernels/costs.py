@@ -11,14 +11,16 @@ import math
 
 from marlin_cupy.device import Gpu
 from marlin_cupy.kernels.problem import Problem
+from marlin_cupy.layout import Layout
 
 #: The part of the memory's nominal rate that reading a weight reaches, and what the launch of a kernel adds to that in
 #: a CUDA graph: a line through the read floors in examples/results/h200.json.
 _READ_SHARE = 0.885
 FLOOR_LAUNCH_US = 1.4
-#: How much longer an SM takes for a slab of a format than for one of int4, from examples/results/h200_variants.json.
-#: Formats that are not listed are taken to be like int4.
+#: How much longer an SM takes for a slab of a format than for one of int4, and where a granule is 32 or less than where
+#: it is 64 or 128, from examples/results/h200_variants.json. Formats that are not listed are taken to be like int4.
 _DECODE = {"uint4": 1.04, "nf4": 1.3}
+_FINE_GRANULE, _FINE_DECODE = 32, 1.1
 
 
 def read_us(nbytes: int, gpu: Gpu) -> float:
@@ -26,9 +28,9 @@ def read_us(nbytes: int, gpu: Gpu) -> float:
     return nbytes / (gpu.memory_gbs * _READ_SHARE * 1e3)
 
 
-def decode_factor(format: str) -> float:
-    """The time of an SM for a slab of ``format`` over that for a slab of int4."""
-    return _DECODE.get(format, 1.0)
+def decode_factor(layout: Layout) -> float:
+    """The time of an SM for a slab of ``layout`` over that for a slab of int4 with group_size=128."""
+    return _DECODE.get(layout.format.name, 1.0) * (_FINE_DECODE if layout.granule <= _FINE_GRANULE else 1.0)
 
 
 def floor_us(problem: Problem) -> float | None:

@@ -91,8 +91,8 @@ class Costs:
 # with several tiles per block, since sm80_gemm was found to be as fast or faster then: tile is such that it is.
 #: By the largest M that they hold for.
 COSTS = {
-    8: Costs(launch=2.5, slab=0.23, crowd=0.0965, tile=0.05, exchange=1.0),
-    16: Costs(launch=1.3, slab=1.31, crowd=0.0, tile=1.2, exchange=1.3),
+    8: Costs(launch=2.6, slab=0.34, crowd=0.0825, tile=0.05, exchange=0.9),
+    16: Costs(launch=1.2, slab=1.31, crowd=0.0, tile=1.3, exchange=1.3),
 }
 #: Per (largest M, cluster, blocks per SM): the (warps_k, slots) that are offered, so far as they fit.
 _SHAPES = {
@@ -152,7 +152,7 @@ def predicted_us(config: Config, layout: Layout, gpu: Gpu) -> float:
     slabs_n, slabs_k, slab_bytes = layout.packed_shape
     costs = COSTS[config.tokens]
     slabs = math.ceil(slabs_k / (config.cluster * config.warps_k))
-    slab = (costs.slab + costs.crowd * config.warps_k * config.blocks_per_sm) * decode_factor(layout.format.name)
+    slab = (costs.slab + costs.crowd * config.warps_k * config.blocks_per_sm) * decode_factor(layout)
     tile = slabs * slab + costs.tile + (costs.exchange if config.cluster > 1 else 0.0)
     return costs.launch + max(rounds(config, layout, gpu) * tile, read_us(slabs_n * slabs_k * slab_bytes, gpu))
 
