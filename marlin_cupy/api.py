@@ -4,19 +4,23 @@ from __future__ import annotations
 
 import itertools
 import math
+import textwrap
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 from marlin_cupy import frameworks, kernels
 from marlin_cupy.device import CPU, Device, gpu, import_cupy
 from marlin_cupy.errors import DeviceError
 from marlin_cupy.formats.scalars import HALF_DTYPES
 from marlin_cupy.frameworks import Framework, StreamFramework
-from marlin_cupy.kernels import Plan, Problem
+from marlin_cupy.kernels import Plan, Problem, tuned
 from marlin_cupy.tensor import QuantizedTensor
 
 Array = Any  # an array of any library
+
+#: Columns and candidates of a printed explanation.
+_WIDTH, _SHOWN = 100, 6
 
 
 def matmul(
@@ -68,11 +72,27 @@ def matmul(
     if device == w.device and (device == CPU or isinstance(framework, StreamFramework)):
         if device != CPU and 0 not in x.shape:  # an empty array has no strides to speak of
             _check_strides(framework, x, bias, target)
-        plan = _plan(w, math.prod(x.shape[:-1]), dtype, batch_invariant)
+        plan = plan_of(w, math.prod(x.shape[:-1]), dtype, batch_invariant)
         y = plan.multiply(framework, x, w, bias, target)
     else:
         y = _through_cupy(framework, x, w, bias, target, batch_invariant)
     return y if out is None else out
+
+
+class Considered(NamedTuple):
+    """A candidate in an :class:`Explanation`.
+
+    Attributes:
+        kernel: name of the kernel.
+        config: its configuration, in words.
+        predicted_us: microseconds that its model expects; infinite where there is no model, on the CPU.
+        measured_us: what :func:`tune` measured for this M; None where it did not.
+    """
+
+    kernel: str
+    config: str
+    predicted_us: float
+    measured_us: float | None
 
 
 @dataclass(frozen=True)
@@ -82,16 +102,35 @@ class Explanation:
     Attributes:
         kernel: name of the kernel that is used.
         config: its configuration, in words.
+        reason: why this one: the least time measured by :func:`tune`, or the least predicted.
+        floor_us: estimate of the microseconds that reading the weight takes; None on the CPU.
+        candidates: what was considered, the one that is used first, then by time.
         passed_over: kernels that are not used, with the reason.
     """
 
     kernel: str
     config: str
+    reason: str
+    floor_us: float | None
+    candidates: tuple[Considered, ...]
     passed_over: dict[str, str]
 
     def __str__(self) -> str:
-        lines = [f"{self.kernel}: {self.config}"]
-        return "\n".join(lines + [f"not {name}: {reason}" for name, reason in self.passed_over.items()])
+        lines = _wrapped(f"{self.kernel}: {self.config}") + _wrapped(f"because {self.reason}")
+        if self.floor_us is not None:
+            lines += [f"reading the weight takes about {self.floor_us:.1f} us", "", "predicted  measured  us"]
+        for each in self.candidates[:_SHOWN] if self.floor_us is not None else ():
+            measured = "" if each.measured_us is None else f"{each.measured_us:.2f}"
+            lines += _wrapped(f"{each.predicted_us:9.2f} {measured:>9}  {each.kernel}: {each.config}", " " * 21)
+        if self.floor_us is not None:
+            lines += ["", *([f"and {len(self.candidates) - _SHOWN} more", ""] if len(self.candidates) > _SHOWN else [])]
+        for name, reason in self.passed_over.items():
+            lines += _wrapped(f"not {name}: {reason}")
+        return "\n".join(lines)
+
+
+def _wrapped(text: str, indent: str = "    ") -> list[str]:
+    return textwrap.wrap(text, _WIDTH, subsequent_indent=indent, drop_whitespace=True, break_long_words=False)
 
 
 def explain(shape: Sequence[int], dtype: Any, w: QuantizedTensor, *, batch_invariant: bool = False) -> Explanation:
@@ -116,20 +155,42 @@ def explain(shape: Sequence[int], dtype: Any, w: QuantizedTensor, *, batch_invar
     name = str(getattr(dtype, "name", None) or getattr(dtype, "__name__", None) or dtype).removeprefix("torch.")
     problem = problem_of(w, math.prod(shape[:-1]), name, batch_invariant)
     chosen = kernels.choose(problem)
-    passed_over = {
-        other: reason or f"serves this too, {chosen.kernel} is preferred"
+    us = tuned.times(problem)
+    reasons = {
+        other: reason or f"serves this too, {chosen.kernel} takes less time"
         for other, reason in kernels.refusals(problem).items()
         if other != chosen.kernel
     }
-    return Explanation(chosen.kernel, str(chosen.configuration), passed_over)
+    others = [each for each in kernels.candidates(problem) if each != chosen]
+    others.sort(key=lambda each: (us.get(each.key, math.inf), each.predicted_us))
+    if chosen.key in us:
+        why = f"mc.tune measured {us[chosen.key]:.2f} us, the least of {len(us)} candidates"
+    elif problem.gpu is None:
+        why = "it is the one that computes in host memory"
+    else:
+        why = f"{chosen.predicted_us:.2f} us are predicted, the least of {1 + len(others)} candidates; not tuned"
+    return Explanation(
+        kernel=chosen.kernel,
+        config=str(chosen.configuration),
+        reason=why,
+        floor_us=kernels.floor_us(problem),
+        candidates=tuple(
+            Considered(each.kernel, str(each.configuration), each.predicted_us, us.get(each.key))
+            for each in (chosen, *others)
+        ),
+        passed_over=reasons,
+    )
 
 
-def _plan(w: QuantizedTensor, m: int, dtype: str, batch_invariant: bool) -> Plan:
-    """The kernel for M rows of ``dtype``, made ready once per weight."""
-    found: Plan | None = w.plans.get((m, dtype, batch_invariant))
+def plan_of(w: QuantizedTensor, m: int, dtype: str, batch_invariant: bool = False) -> Plan:
+    """The kernel for M rows of ``dtype``, made ready once per weight, and again when something was tuned."""
+    key = m, dtype, batch_invariant, tuned.generation
+    found: Plan | None = w.plans.get(key)
     if found is None:
+        for old in [other for other in list(w.plans) if other[-1] != key[-1]]:
+            w.plans.pop(old, None)
         problem = problem_of(w, m, dtype, batch_invariant)
-        found = w.plans[m, dtype, batch_invariant] = kernels.plan(problem, kernels.choose(problem))
+        found = w.plans[key] = kernels.plan(problem, kernels.choose(problem))
     return found
 
 

@@ -18,9 +18,9 @@ from marlin_cupy import frameworks
 from marlin_cupy.bench.contenders import Ours, Setup, fill_normal
 from marlin_cupy.bench.run import NO_GPU
 from marlin_cupy.bench.shapes import Shape
-from marlin_cupy.bench.timing import CupyRun, EventTimer, Sampling, interleave, prepare
 from marlin_cupy.device import gpu, gpu_count, import_cupy
 from marlin_cupy.kernels import Problem, sm80_gemm
+from marlin_cupy.timing import CupyRun, EventTimer, Sampling, interleave, prepare
 
 LAYER = Shape("70b_gate_up", 8192, 57344)
 

@@ -6,12 +6,12 @@ from collections.abc import Iterator
 
 from marlin_cupy.device import Gpu
 from marlin_cupy.errors import UnsupportedError
-from marlin_cupy.kernels import reference, sm80_gemm, sm90_stream
+from marlin_cupy.kernels import reference, sm80_gemm, sm90_stream, tuned
 from marlin_cupy.kernels.costs import floor_us
 from marlin_cupy.kernels.problem import Candidate, Configuration, Kernel, Plan, Problem
 from marlin_cupy.tensor import Spec
 
-#: In no order: the candidate with the least time is used, whose ever it is.
+#: In no order: the candidate with the least time is used, whosever it is.
 KERNELS: tuple[Kernel, ...] = (sm90_stream.KERNEL, sm80_gemm.KERNEL, reference.KERNEL)
 
 
@@ -27,12 +27,16 @@ def candidates(problem: Problem) -> list[Candidate]:
 
 
 def choose(problem: Problem) -> Candidate:
-    """The candidate with the least predicted time; UnsupportedError with every reason if there is none."""
+    """The candidate with the least time: measured where ``problem`` was tuned, else predicted.
+
+    UnsupportedError with every kernel's reason where there is none.
+    """
     found = candidates(problem)
     if not found:
         reasons = "; ".join(f"{name} {reason}" for name, reason in refusals(problem).items())
         raise UnsupportedError(f"no kernel serves this multiplication: {reasons}.")
-    return found[0]
+    us = tuned.times(problem)
+    return min((each for each in found if each.key in us), key=lambda each: us[each.key], default=found[0])
 
 
 def plan(problem: Problem, candidate: Candidate) -> Plan:
