@@ -1,4 +1,4 @@
-"""The command line: ``python -m marlin_cupy`` or ``marlin-cupy``, with the commands info, demo, tune, bench and compile."""
+"""The command line: ``python -m marlin_cupy`` or ``marlin-cupy``: info, demo, tune, bench and compile."""
 
 from __future__ import annotations
 
