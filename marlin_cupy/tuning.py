@@ -16,7 +16,7 @@ import numpy
 
 from marlin_cupy import formats, frameworks, kernels, timing
 from marlin_cupy.api import problem_of
-from marlin_cupy.device import CPU, Gpu, import_cupy
+from marlin_cupy.device import Gpu, import_cupy
 from marlin_cupy.errors import DeviceError
 from marlin_cupy.formats.scalars import BFLOAT16, FLOAT16, FLOAT32, HALF_DTYPES, ROUNDOFF, from_bits
 from marlin_cupy.kernels import Candidate, Plan, Problem, tuned
@@ -115,9 +115,9 @@ def tune(
 
     For each M the candidates run in turns over copies of the weight that together exceed the L2 cache, as
     ``marlin-cupy bench`` does, after the result of each was checked: against the dequantized weight, and against the
-    other candidates. It takes about half a second per M, besides compiling, and memory for the copies, at most half of
-    what is free. The times are kept beside the compiled kernels, for all weights of the same format, shape, group size
-    and scale dtype on GPUs of this name, for exactly these M, until marlin_cupy changes.
+    other candidates. The copies take at most half of the memory that is free. The times are kept beside the compiled
+    kernels, for all weights of the same format, shape, group size and scale dtype on GPUs of this name, for exactly
+    these M, until marlin_cupy changes.
 
     Args:
         w: a weight on a GPU. Only its description matters, and it is not changed.
@@ -194,7 +194,6 @@ class Rig:
     """Copies of a weight on its GPU, and a stream to time candidates on."""
 
     def __init__(self, w: QuantizedTensor, dtype: str, gpu: Gpu) -> None:
-        assert w.device != CPU
         self._cupy = import_cupy("tuning")
         self._dtype, self._gpu = dtype, gpu
         self._stack = contextlib.ExitStack()
@@ -241,9 +240,11 @@ class Rig:
         return {key: summary.median for key, summary in summaries.items()}, wrong
 
     def _activations(self, m: int) -> Array:
-        """x (M, K), random on the host: CuPy's generators need cuRAND."""
+        """x (M, K), such that products are about 1, if possible; random on the host: CuPy's generators need cuRAND."""
         K = self._weights[0].shape[0]
+        size = math.sqrt(K * float((self._values**2).mean()))
         some = numpy.random.default_rng(m).standard_normal((min(m, _ROWS), K), dtype=numpy.float32)
+        some *= min(max(1 / size, 2**-10), 2**10) if size > 0 else 1
         all_rows = some[numpy.arange(m) % _ROWS].astype(_NUMPY_DTYPES[self._dtype])
         return self._cupy.asarray(all_rows.view(numpy.uint16)).view(all_rows.dtype)
 
@@ -285,8 +286,9 @@ class Check:
 
 
 def _distance(y: Array, expected: Array) -> float:
-    """The largest difference over the largest magnitude."""
-    return float(abs(y - expected).max()) / float(abs(expected).max())
+    """The largest difference over the largest magnitude; 0 for weights that are 0 throughout, if y is."""
+    largest = float(abs(expected).max())
+    return float(abs(y - expected).max()) / (largest or float(numpy.finfo(numpy.float32).tiny))
 
 
 def tolerance(problem: Problem) -> float:

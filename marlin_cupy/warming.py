@@ -55,10 +55,11 @@ def warmup(
         source = kernels.source(problem, candidate)
         if source is not None:
             first.setdefault((source, w.device), (problem, candidate))
+    workers = max(1, min(len(first), os.cpu_count() or 1))
     # Threads: NVRTC runs outside the interpreter's lock. On two cores two threads built eight kernels in 0.75 s, which
     # took 1.43 s one after the other, and 1.21 s in two processes (NVRTC 13.0, one run of each). Processes would also
     # run the caller's main module again, and hand nothing over where the cache folder cannot be written.
-    with bar("compiling", len(first), progress) as begin, ThreadPoolExecutor(os.cpu_count()) as pool:
+    with bar("compiling", len(first), progress) as begin, ThreadPoolExecutor(workers) as pool:
         builds = {pool.submit(kernels.plan, *each): name for ((name, _), _), each in first.items()}
         try:
             for build in as_completed(builds):

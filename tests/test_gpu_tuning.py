@@ -99,6 +99,13 @@ def test_tune_for_other_dtypes_and_large_m(cache_folder: Path) -> None:
     assert str(found).count("\n") >= 3
 
 
+@pytest.mark.parametrize("factor", [0.0, 1e-3, 1.0, 1e4])
+def test_tune_takes_weights_of_any_size(cache_folder: Path, factor: float) -> None:
+    w = mc.quantize(weights(1030, 513) * cupy.float32(factor), scale_dtype="bfloat16")
+    found = mc.tune(w, 16, dtype="float16", progress=False)
+    assert not [each for row in found.rows for each in row.candidates if each.wrong], str(found)
+
+
 def test_times_are_near_those_that_are_predicted(cache_folder: Path) -> None:
     """A sanity check, with room for other GPUs than the one that the costs were fitted to."""
     w = mc.quantize(weights(4096, 4096))

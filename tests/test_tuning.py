@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import itertools
 import json
@@ -16,7 +17,7 @@ import pytest
 from cases import FORMATS, GPUS, HALF, gaussian, rows
 
 import marlin_cupy as mc
-from marlin_cupy import api, kernels, progress, tuning
+from marlin_cupy import api, device, kernels, progress, tuning
 from marlin_cupy.jit import cache, launch
 from marlin_cupy.kernels import Candidate, Problem, tuned
 from marlin_cupy.tensor import Spec
@@ -90,6 +91,25 @@ def test_nothing_is_predicted_to_read_faster_than_the_memory(arch: str) -> None:
         assert floor is not None
         assert kernels.candidates(asked)[0].predicted_us > floor > 0
     assert kernels.floor_us(problem(1, gpu=None)) is None
+
+
+def test_the_memory_is_as_fast_as_the_driver_says_if_that_can_be() -> None:
+    class Runtime:
+        CUDARuntimeError = RuntimeError
+        cudaDevAttrMemoryClockRate, cudaDevAttrGlobalMemoryBusWidth = "clock", "width"
+
+        def __init__(self, **told: int) -> None:
+            self.told = told
+
+        def deviceGetAttribute(self, name: str, index: int) -> int:
+            if name not in self.told:
+                raise RuntimeError(name)
+            return self.told[name]
+
+    assert device._memory_gbs(Runtime(clock=3_201_000, width=6144), 0, "sm_90a") == pytest.approx(4916.7, abs=0.1)
+    for told in ({"clock": 0, "width": 6144}, {"clock": 10**9, "width": 6144}, {"clock": 3_201_000}, {}):
+        assert device._memory_gbs(Runtime(**told), 0, "sm_80") == GPUS["sm_80"].memory_gbs > 0
+    assert device._memory_gbs(Runtime(), 0, "sm_150a") > 0
 
 
 def published(file: str) -> list[dict[str, Any]]:
@@ -362,6 +382,75 @@ def test_bad_arguments_are_refused(call: Any, arguments: Any, kind: type[Excepti
         call([given] if call is mc.warmup else given, arguments[1], dtype=(*arguments, None)[2])
 
 
+class NumpyAsCupy:
+    """NumPy with as much of CuPy's interface as the rig uses."""
+
+    asarray, empty, stack = staticmethod(np.asarray), staticmethod(np.empty), staticmethod(np.stack)
+
+    class cuda:
+        class runtime:
+            @staticmethod
+            def memGetInfo() -> tuple[int, int]:
+                return 1 << 20, 1 << 30
+
+        class Device(contextlib.nullcontext[None]):
+            def synchronize(self) -> None:
+                pass
+
+        class Stream(contextlib.nullcontext[Any]):
+            def __init__(self, non_blocking: bool = False) -> None:
+                super().__init__(self)
+
+            def synchronize(self) -> None:
+                pass
+
+    class get_default_memory_pool:
+        def free_all_blocks(self) -> None:
+            pass
+
+
+class StepRun:
+    """Runs the steps at once; nothing is captured."""
+
+    def __init__(self, stream: Any, steps: Sequence[Any], error: None) -> None:
+        self.steps, self.launches = steps, len(steps)
+
+    def replay(self) -> None:
+        for step in self.steps:
+            step()
+
+    def capture(self, rounds: int) -> StepRun:
+        return self
+
+
+@pytest.mark.parametrize("dtype", HALF)
+def test_the_rig_times_what_is_right_and_reports_what_is_not(
+    cache_folder: Path, on_gpu: None, monkeypatch: pytest.MonkeyPatch, dtype: str
+) -> None:
+    wrong = kernels.candidates(problem(70, 300, 129))[1]
+
+    class Multiplies:
+        def __init__(self, candidate: Candidate) -> None:
+            self.factor = 2 if candidate.key == wrong.key else 1
+
+        def multiply(self, framework: Any, x: Any, w: mc.QuantizedTensor, bias: None, out: Any) -> None:
+            values = w.dequantize("float32") * self.factor
+            out[...] = (x.astype(np.float32) @ values).astype(out.dtype)
+
+    monkeypatch.setattr(kernels, "plan", lambda asked, candidate: Multiplies(candidate))
+    monkeypatch.setattr(tuning, "import_cupy", lambda purpose: NumpyAsCupy)
+    monkeypatch.setattr(mc.QuantizedTensor, "to", lambda self, where: self)
+    monkeypatch.setattr(tuning.timing, "CupyRun", StepRun)
+    monkeypatch.setattr(tuning.timing, "EventTimer", lambda stream: lambda replay, count: float(count))
+    w = mc.quantize(gaussian(300, 129, seed=1))
+    found = mc.tune(w, 70, dtype=dtype, progress=False)
+    assert found.title.endswith(f"{dtype} on NVIDIA H200")
+    assert [each.config for each in found.rows[0].candidates if each.wrong] == [str(wrong.configuration)]
+    rig = tuning.Rig(w, dtype, H200)
+    with rig:
+        assert len(rig._weights) == 1 + min((1 << 19) // w.nbytes, tuning.timing.MAX_LAUNCHES - 1)
+
+
 def test_the_check_finds_a_wrong_element() -> None:
     right = np.random.default_rng(0).standard_normal((16, 512)).astype(np.float32)
     columns, bound = slice(0, 256), tuning.tolerance(problem(16))
@@ -376,6 +465,13 @@ def test_the_check_finds_a_wrong_element() -> None:
     assert "dequantized product" in str(check(lost))
     assert "first candidate" in str(check(elsewhere))
     assert "first candidate" in str(check(no_number))
+
+
+def test_the_check_passes_weights_that_are_zero() -> None:
+    zeros = np.zeros((16, 512), np.float32)
+    check = tuning.Check(zeros[:4], slice(0, 512), tuning.tolerance(problem(16)))
+    assert check(zeros) is None
+    assert check(zeros + 1) is not None
 
 
 def test_progress_without_rich_is_plain(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
