@@ -96,9 +96,7 @@ class Tuning:
             before = "wrong" if row.before.us is None else f"{row.before.us:.2f}"
             times = f"{row.floor_us:8.2f} {before:>8} {row.chosen.us:8.2f} {row.chosen.predicted_us:9.2f}"
             lines.append(f"{row.M:6} {times}  {row.chosen.kernel}: {row.chosen.config}")
-            lines += [
-                f"       WRONG {each.kernel}: {each.config}: {each.wrong}" for each in row.candidates if each.wrong
-            ]
+            lines += [f"  WRONG {each.wrong}: {each.kernel}: {each.config}" for each in row.candidates if each.wrong]
         kept = f"kept in {self.path}" if self.path else "not kept: the cache folder cannot be written"
         return "\n".join([*(line if len(line) <= 100 else line[:97] + "..." for line in lines), kept])
 

@@ -89,7 +89,7 @@ class RatedConfig:
 
 
 # The times below and the costs after them were fitted together to the rows up to M = 128 of
-# examples/results/h200_portable.json, which they meet within 8 %, and to what had been chosen there by hand among all
+# examples/results/h200_portable.json, which they meet within 9 %, and to what had been chosen there by hand among all
 # tiles and grids: that is still predicted to be best, or within 5 % of it. ``python -m marlin_cupy.bench.configs``
 # measures all tiles.
 #: Per largest M served (the last serves every larger M, in several token tiles): what to choose from.
