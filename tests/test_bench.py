@@ -18,6 +18,7 @@ import numpy as np
 import pytest
 from rich.console import Console
 
+from marlin_cupy import timing
 from marlin_cupy.bench import (
     compile_times,
     contenders,
@@ -27,15 +28,14 @@ from marlin_cupy.bench import (
     report,
     run,
     shapes,
-    timing,
 )
 from marlin_cupy.bench.contenders import CUBLAS, FLOOR, HUMMING, OURS, TINYGEMM, Contender, Setup, UnavailableError
 from marlin_cupy.bench.report import Report, Row
 from marlin_cupy.bench.shapes import Shape
-from marlin_cupy.bench.timing import Replay, Run, Sampling
 from marlin_cupy.device import Gpu
 from marlin_cupy.jit import compile as nvrtc
 from marlin_cupy.jit.launch import Function
+from marlin_cupy.timing import Replay, Run, Sampling
 
 ARCHS = ("sm_80", "sm_86", "sm_89", "sm_90a", "sm_100a", "sm_120a")
 L2 = 60 << 20  # of an H200

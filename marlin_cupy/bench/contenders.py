@@ -19,10 +19,10 @@ import numpy
 from marlin_cupy.api import explain, matmul
 from marlin_cupy.bench import read_floor
 from marlin_cupy.bench.shapes import Shape
-from marlin_cupy.bench.timing import CupyRun, EventTimer, Replay, Run, copies, is_cold
 from marlin_cupy.device import Gpu, import_cupy, namespace
 from marlin_cupy.formats.scalars import BFLOAT16, FLOAT16, from_bits, to_bits
 from marlin_cupy.tensor import QuantizedTensor, quantize
+from marlin_cupy.timing import CupyRun, EventTimer, Replay, Run, copies, is_cold
 
 Array = Any  # a CuPy array
 

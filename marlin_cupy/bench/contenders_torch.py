@@ -25,8 +25,8 @@ from marlin_cupy.bench.contenders import (
     Setup,
     UnavailableError,
 )
-from marlin_cupy.bench.timing import Replay, Run, copies
 from marlin_cupy.formats.scalars import BFLOAT16
+from marlin_cupy.timing import Replay, Run, copies
 
 Tensor = Any  # a torch.Tensor
 

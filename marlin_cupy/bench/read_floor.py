@@ -7,9 +7,9 @@ import struct
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
-from marlin_cupy.bench.timing import CupyRun, Sampling, Timer, interleave, prepare
 from marlin_cupy.device import Gpu
 from marlin_cupy.jit import launch, source
+from marlin_cupy.timing import CupyRun, Sampling, Timer, interleave, prepare
 
 #: struct Args of the twin: two pointers, a count.
 _ARGS = struct.Struct("=2Qq")

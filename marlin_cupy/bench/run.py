@@ -27,8 +27,8 @@ from marlin_cupy.bench.contenders import (
 )
 from marlin_cupy.bench.report import Report, Row
 from marlin_cupy.bench.shapes import Shape
-from marlin_cupy.bench.timing import QUICK_SAMPLING, EventTimer, Replay, Run, Sampling, Timer, interleave, prepare
 from marlin_cupy.device import gpu, gpu_count, import_cupy
+from marlin_cupy.timing import QUICK_SAMPLING, EventTimer, Replay, Run, Sampling, Timer, interleave, prepare
 
 NO_GPU = "The benchmark needs a CUDA GPU that CuPy can use, and this machine has none."
 _PROTOCOL = (

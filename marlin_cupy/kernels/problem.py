@@ -16,13 +16,47 @@ from marlin_cupy.tensor import QuantizedTensor, Spec
 class Problem:
     """y (M, N) = x (M, K) @ W (K, N) for a weight of ``spec`` with activations of ``dtype``.
 
-    ``gpu`` is None where the weight lives in host memory.
+    ``gpu`` is None where the weight lives in host memory. With ``batch_invariant`` a row of y must have the same bits
+    whatever M is and whatever the other rows hold.
     """
 
     M: int
     dtype: str
     spec: Spec
     gpu: Gpu | None
+    batch_invariant: bool = False
+
+
+class Configuration(ABC):
+    """Everything that a kernel has decided about a launch, a frozen dataclass; ``str`` tells it in words."""
+
+    @property
+    @abstractmethod
+    def key(self) -> str:
+        """A short name, different for every configuration of the kernel and the same in every process."""
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """One way to compute a problem.
+
+    Attributes:
+        kernel: name of the kernel.
+        configuration: what it would be launched with.
+        predicted_us: microseconds that the kernel's model expects with a cold weight; infinite where it has no model.
+    """
+
+    kernel: str
+    configuration: Configuration
+    predicted_us: float
+
+    @property
+    def key(self) -> str:
+        """Names the kernel and the configuration; the same in every process, so that it can be kept in a file."""
+        return f"{self.kernel}:{self.configuration.key}"
+
+    def __str__(self) -> str:
+        return f"{self.kernel}: {self.configuration}"
 
 
 class Plan(ABC):
@@ -43,8 +77,16 @@ class Kernel(ABC):
         """Why this kernel does not serve ``problem``; None if it does."""
 
     @abstractmethod
-    def plan(self, problem: Problem) -> Plan:
-        """Choose a configuration; compile and load what it needs."""
+    def candidates(self, problem: Problem) -> list[Candidate]:
+        """What is worth trying for a problem that it does not refuse, at least one, in any order."""
+
+    @abstractmethod
+    def source(self, problem: Problem, candidate: Candidate) -> tuple[str, str] | None:
+        """(name, CUDA source) that a candidate of :meth:`candidates` needs, for compiling ahead; None on the CPU."""
+
+    @abstractmethod
+    def plan(self, problem: Problem, candidate: Candidate) -> Plan:
+        """Compile and load what one of :meth:`candidates` needs."""
 
     def variants(self, spec: Spec, dtype: str, gpu: Gpu) -> Iterator[tuple[str, str]]:
         """(name, source) of every CUDA kernel that weights of ``spec`` can need on ``gpu``, for compiling ahead."""
