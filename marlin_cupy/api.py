@@ -19,7 +19,9 @@ from marlin_cupy.tensor import QuantizedTensor
 Array = Any  # an array of any library
 
 
-def matmul(x: Array, w: QuantizedTensor, bias: Array | None = None, out: Array | None = None) -> Array:
+def matmul(
+    x: Array, w: QuantizedTensor, bias: Array | None = None, out: Array | None = None, *, dependent: bool = True
+) -> Array:
     """y = x @ W + bias, computed where the weight lives.
 
     Args:
@@ -29,6 +31,11 @@ def matmul(x: Array, w: QuantizedTensor, bias: Array | None = None, out: Array |
         bias: the dtype, library and device of x, [N], contiguous; added in float32 before the one rounding.
         out: the dtype, library and device of x, [..., N]; written and returned. Not for JAX, whose arrays are
             immutable. It must not overlap x.
+        dependent: allow a dependent launch, which kernels for Hopper have (explain says so): the GPU starts to read
+            the weight before the kernels ahead on the stream have finished, and only the weight; x, bias and out are
+            touched after that. So no kernel of yours that is ahead may write the weight. Whatever marlin_cupy does to
+            a weight (quantize, pack, load, to, update_, the constructor) is safe. If something else wrote into
+            w.packed, call w.mark_written(), or pass False for the first multiplication on a stream after that.
 
     Returns:
         [..., N] in x's library, dtype and device.
@@ -59,9 +66,9 @@ def matmul(x: Array, w: QuantizedTensor, bias: Array | None = None, out: Array |
     if device == w.device and (device == CPU or isinstance(framework, StreamFramework)):
         if device != CPU and 0 not in x.shape:  # an empty array has no strides to speak of
             _check_strides(framework, x, bias, target)
-        y = _plan(w, math.prod(x.shape[:-1]), dtype).multiply(framework, x, w, bias, target)
+        y = _plan(w, math.prod(x.shape[:-1]), dtype).multiply(framework, x, w, bias, target, dependent)
     else:
-        y = _through_cupy(framework, x, w, bias, target)
+        y = _through_cupy(framework, x, w, bias, target, dependent)
     return y if out is None else out
 
 
@@ -126,7 +133,7 @@ def _problem(m: int, dtype: str, w: QuantizedTensor) -> Problem:
     return Problem(m, dtype, w.spec, None if w.device == CPU else gpu(w.device.index))
 
 
-def _through_cupy(framework: Framework, x: Array, w: QuantizedTensor, bias: Any, out: Any) -> Array:
+def _through_cupy(framework: Framework, x: Array, w: QuantizedTensor, bias: Any, out: Any, dependent: bool) -> Array:
     """For libraries without a stream of their own to launch on: CuPy computes, DLPack or a copy hands over."""
     cupy = import_cupy("a weight on a GPU")
     with cupy.cuda.Device(w.device.index):
@@ -134,7 +141,7 @@ def _through_cupy(framework: Framework, x: Array, w: QuantizedTensor, bias: Any,
             None if array is None else cupy.ascontiguousarray(cupy.asarray(framework.to_native(array)))
             for array in (x, bias)
         ]
-        y = matmul(arrays[0], w, arrays[1])
+        y = matmul(arrays[0], w, arrays[1], dependent=dependent)
         if out is None:
             return framework.from_native(y)
         framework.to_native(out)[...] = y.get() if framework.device(out) == CPU else y

@@ -24,7 +24,7 @@ CUDA = source_root()
 ROWS = (
     ("errors",),
     ("device",),
-    ("frameworks", "formats"),
+    ("frameworks", "formats", "writes"),
     ("layout",),
     ("tensor",),
     ("jit",),

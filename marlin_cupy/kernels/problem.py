@@ -29,8 +29,13 @@ class Plan(ABC):
     """A kernel made ready for one problem; ``str`` tells its configuration."""
 
     @abstractmethod
-    def multiply(self, framework: Framework, x: Any, w: QuantizedTensor, bias: Any | None, out: Any | None) -> Any:
-        """``x @ w + bias`` for arrays of ``framework`` on the weight's device that have been checked."""
+    def multiply(
+        self, framework: Framework, x: Any, w: QuantizedTensor, bias: Any | None, out: Any | None, dependent: bool
+    ) -> Any:
+        """``x @ w + bias`` for arrays of ``framework`` on the weight's device that have been checked.
+
+        ``dependent`` allows a dependent launch; a kernel that has none ignores it.
+        """
 
 
 class Kernel(ABC):

@@ -32,7 +32,9 @@ class Reference(Kernel, Plan):
     def __str__(self) -> str:
         return "NumPy, float32 accumulation, columns in blocks"
 
-    def multiply(self, framework: Framework, x: Any, w: QuantizedTensor, bias: Any | None, out: Any | None) -> Any:
+    def multiply(
+        self, framework: Framework, x: Any, w: QuantizedTensor, bias: Any | None, out: Any | None, dependent: bool
+    ) -> Any:
         """Through NumPy views of the arrays."""
         x_host = framework.to_native(x)
         shape = (*x_host.shape[:-1], w.shape[1])

@@ -229,7 +229,9 @@ class Sm80Plan(Plan):
         exchange = "partial tiles are added in block order" if self.grid.is_cut else "no tile is cut"
         return f"{self.config}; {self.grid.blocks} blocks over {self.grid.tiles} tiles, {exchange}"
 
-    def multiply(self, framework: Framework, x: Any, w: QuantizedTensor, bias: Any | None, out: Any | None) -> Any:
+    def multiply(
+        self, framework: Framework, x: Any, w: QuantizedTensor, bias: Any | None, out: Any | None, dependent: bool
+    ) -> Any:
         """Enqueue on the current stream of ``framework``."""
         assert isinstance(framework, StreamFramework)
         K, N = w.shape

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import struct
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -72,6 +73,10 @@ class Config:
 _ALONE = ((12, 2), (8, 3), (8, 2), (4, 3), (4, 2))
 _IN_PAIRS = ((4, 3), (4, 2), (2, 3), (2, 2))
 _CLUSTERED = ((8, 3), (8, 2), (4, 3), (4, 2))
+#: A dependent launch of a layer with more packed bytes takes all shared memory of its SMs, so that blocks of the next
+#: kernel start where blocks of this one have ended and not beside them, where they would compete for bandwidth. With
+#: fewer bytes they start at once. From a laboratory version of this kernel; not measured for this one.
+_BESIDE_BYTES = 15 << 20
 #: A cluster of two has to use the SMs better by this much to make up for its exchange.
 _CLUSTER_GAIN = 0.15
 
@@ -111,6 +116,17 @@ def choose(m: int, layout: Layout, gpu: Gpu) -> tuple[Config, int]:
     return fitting[best], share(*best)[1]
 
 
+def all_shared_bytes(config: Config, gpu: Gpu) -> int:
+    """Dynamic shared memory with which ``blocks_per_sm`` blocks leave none on an SM."""
+    return min(gpu.shared_per_block, gpu.shared_per_sm // config.blocks_per_sm - _RESERVED_SHARED) // 128 * 128
+
+
+def dependent_shared_bytes(config: Config, layout: Layout, gpu: Gpu) -> int:
+    """Dynamic shared memory of a block in a dependent launch; see _BESIDE_BYTES."""
+    alone = math.prod(layout.packed_shape) > _BESIDE_BYTES
+    return all_shared_bytes(config, gpu) if alone else config.shared_bytes(layout)
+
+
 @dataclass(frozen=True)
 class StreamPlan(Plan):
     """Everything about a launch that does not depend on pointers."""
@@ -119,6 +135,7 @@ class StreamPlan(Plan):
     config: Config
     clusters: int
     m: int
+    dependent_shared_bytes: int
 
     @staticmethod
     def make(config: Config, clusters: int, problem: Problem) -> StreamPlan:
@@ -131,14 +148,21 @@ class StreamPlan(Plan):
             problem.gpu.index,
             "gemm",
             config.shared_bytes(problem.spec.layout),
+            all_shared_bytes(config, problem.gpu),
         )
-        return StreamPlan(function, config, clusters, problem.M)
+        shared_bytes = dependent_shared_bytes(config, problem.spec.layout, problem.gpu)
+        return StreamPlan(function, config, clusters, problem.M, shared_bytes)
 
     def __str__(self) -> str:
         exchange = "partial tiles are added in rank order" if self.config.cluster > 1 else "no tile is cut"
-        return f"{self.config}; {self.clusters * self.config.cluster} blocks, {exchange}"
+        return (
+            f"{self.config}; {self.clusters * self.config.cluster} blocks, {exchange}; "
+            f"dependent launch with {self.dependent_shared_bytes} bytes of shared memory a block"
+        )
 
-    def multiply(self, framework: Framework, x: Any, w: QuantizedTensor, bias: Any | None, out: Any | None) -> Any:
+    def multiply(
+        self, framework: Framework, x: Any, w: QuantizedTensor, bias: Any | None, out: Any | None, dependent: bool
+    ) -> Any:
         """Enqueue on the current stream of ``framework``."""
         assert isinstance(framework, StreamFramework)
         K, N = w.shape
@@ -167,7 +191,13 @@ class StreamPlan(Plan):
             y_pointer % 8 == 0 and (self.m == 1 or y_stride % 4 == 0),
         )
         blocks = self.clusters * self.config.cluster
-        self.function.launch(blocks, self.config.threads, framework.stream(w.device), _ARGUMENTS)
+        stream = framework.stream(w.device)
+        if dependent:
+            self.function.launch_dependent(
+                w.writes, blocks, self.config.threads, stream, _ARGUMENTS, self.dependent_shared_bytes
+            )
+        else:
+            self.function.launch(blocks, self.config.threads, stream, _ARGUMENTS)
         return y
 
 
