@@ -42,7 +42,7 @@ def measure() -> list[tuple[int, sm80_gemm.Candidate, float]]:
             graphs = {}
             for number, candidate in enumerate(found):
                 plan = sm80_gemm.Sm80Plan.make(candidate, Problem(m, "float16", weights[0].spec, properties))
-                steps = [functools.partial(plan.multiply, frameworks.of(x), x, w, None, y) for w in weights]
+                steps = [functools.partial(plan.multiply, frameworks.of(x), x, w, None, y, False) for w in weights]
                 graphs[str(number)] = prepare(CupyRun(stream, steps, None), time, sampling)
             for index, summary in interleave(graphs, time, sampling).items():
                 slab_ns = 1e3 * summary.median * properties.sm_count / (slabs_n * slabs_k)
