@@ -80,11 +80,13 @@ class Explanation:
         kernel: name of the kernel that is used.
         config: its configuration, in words.
         passed_over: kernels that are not used, with the reason.
+        dependent: whether it has dependent launches, see :func:`matmul`.
     """
 
     kernel: str
     config: str
     passed_over: dict[str, str]
+    dependent: bool = False
 
     def __str__(self) -> str:
         lines = [f"{self.kernel}: {self.config}"]
@@ -117,7 +119,8 @@ def explain(shape: Sequence[int], dtype: Any, w: QuantizedTensor) -> Explanation
         for other, reason in kernels.refusals(problem).items()
         if other != chosen.name
     }
-    return Explanation(chosen.name, str(chosen.plan(problem)), passed_over)
+    plan = chosen.plan(problem)
+    return Explanation(chosen.name, str(plan), passed_over, plan.dependent)
 
 
 def _plan(w: QuantizedTensor, m: int, dtype: str) -> Plan:

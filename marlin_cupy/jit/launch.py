@@ -90,10 +90,9 @@ class Function:
                 self._runtime.setDevice(previous)
         elif dependent:
             shared_bytes = shared_bytes or self.shared_bytes
-            _CONFIG.pack_into(
-                arguments.config, 0, blocks, 1, 1, threads, 1, 1, shared_bytes, stream, self._attributes, 1
-            )
-            code = self._launch_ex(arguments.config_pointer, self._function.ptr, arguments.parameters, None)
+            config, address, parameters = arguments.dependent
+            _CONFIG.pack_into(config, 0, blocks, 1, 1, threads, 1, 1, shared_bytes, stream, self._attributes, 1)
+            code = self._launch_ex(address, self._function.ptr, parameters, None)
             if code != 0:
                 raise DeviceError(f"the GPU driver refused a dependent launch: {_error_name(code)}.")
         else:
@@ -138,8 +137,8 @@ class ArgumentBlock(threading.local):
         self.data = ctypes.create_string_buffer(size)
         self._pointer = ctypes.c_void_p(ctypes.addressof(self.data))
         self.parameters = ctypes.addressof(self._pointer)
-        self.config = ctypes.create_string_buffer(_CONFIG.size)
-        self.config_pointer = ctypes.addressof(self.config)
+        config = ctypes.create_string_buffer(_CONFIG.size)
+        self.dependent = config, ctypes.addressof(config), self.parameters  # one look-up in a thread's own storage
 
 
 @functools.cache

@@ -5,7 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 from marlin_cupy.device import Gpu
 from marlin_cupy.frameworks import Framework
@@ -27,6 +27,9 @@ class Problem:
 
 class Plan(ABC):
     """A kernel made ready for one problem; ``str`` tells its configuration."""
+
+    #: Whether it has dependent launches.
+    dependent: ClassVar[bool] = False
 
     @abstractmethod
     def multiply(

@@ -7,7 +7,7 @@ import math
 import struct
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 from marlin_cupy.device import Gpu
 from marlin_cupy.formats.scalars import HALF_DTYPES
@@ -130,6 +130,8 @@ def dependent_shared_bytes(config: Config, layout: Layout, gpu: Gpu) -> int:
 @dataclass(frozen=True)
 class StreamPlan(Plan):
     """Everything about a launch that does not depend on pointers."""
+
+    dependent: ClassVar[bool] = True
 
     function: launch.Function
     config: Config
