@@ -349,6 +349,42 @@ def test_between_kernels_of_others(stream: cupy.cuda.Stream, M: int, dtype: str)
     assert int(wrong) == 0
 
 
+@every_m
+def test_a_launch_waits_for_both_branches_that_join_ahead_of_it(stream: cupy.cuda.Stream, M: int) -> None:
+    """Half of x comes from another stream, whose kernel is slow and lets the next one start; eager and in a graph."""
+    left, right = mc.quantize(weights(1000, 512)), mc.quantize(weights(1000, 512), "nf4", 64)
+    last = mc.quantize(weights(1024, 300) / 300)
+    x, y = activations(M, 1000, "float16"), poisoned((M, 300), "float16")
+    between = poisoned((M, 1024), "float16")
+    dummy = cupy.zeros(1024, cupy.uint32)
+    other = cupy.cuda.Stream(non_blocking=True)
+
+    def work() -> None:
+        other.wait_event(stream.record())
+        with other:
+            slow_copy(dummy, dummy)
+            mc.matmul(x, right, out=between[:, 512:])
+        mc.matmul(x, left, out=between[:, :512])
+        stream.wait_event(other.record())
+        mc.matmul(between, last, out=y)
+
+    work()
+    cupy.cuda.Device().synchronize()
+    expected = mc.matmul(between, last, dependent=False)
+    assert bool(cupy.isfinite(float64(expected)).all())
+    graph = captured(stream, work)
+    wrong = cupy.zeros((), cupy.int64)
+    for turn in range(100):
+        between.view(cupy.uint16).fill(0x7FFF)
+        if turn % 2:
+            work()
+        else:
+            graph.launch(stream)
+        wrong += differences(y, expected)
+    other.synchronize()
+    assert int(wrong) == 0
+
+
 # ---- the switch
 
 
