@@ -372,11 +372,14 @@ def bench(
     shape: Annotated[
         list[str] | None, typer.Option(help="NAME=KxN, repeatable; Llama 3 8B and 70B layers if not given.")
     ] = None,
-    m: Annotated[list[int] | None, typer.Option(min=1, help="Rows of x, repeatable; 1 to 2048 if not given.")] = None,
+    m: Annotated[list[int] | None, typer.Option(min=1, help="Rows of x, repeatable; 1 to 4096 if not given.")] = None,
     format: Annotated[list[str] | None, typer.Option(help="Weight format, repeatable; int4 if not given.")] = None,
     group_size: GroupSize = None,
     dtype: Annotated[str, typer.Option(help="Dtype of activations and scales.")] = FLOAT16,
     output: Annotated[Path | None, typer.Option(help="Folder for the JSON file and the plots.")] = None,
+    launch: Annotated[
+        list[str] | None, typer.Option(help='"plain" or "dependent", repeatable; plain if not given.')
+    ] = None,
     quick: Annotated[bool, typer.Option("--quick", help="Few shapes and repeats, within a minute.")] = False,
 ) -> None:
     """Time this machine's GPU: our kernels, cuBLAS, the read floor and what else is installed."""
@@ -389,7 +392,7 @@ def bench(
         run = importlib.import_module("marlin_cupy.bench.run").run  # with matplotlib, which no other command needs
     except ImportError as error:
         raise ImportError(f"bench needs {error.name}; pip install 'marlin_cupy[bench]'.") from error
-    code: int = run(layers, m, format, group_size, dtype, output, quick)
+    code: int = run(layers, m, format, group_size, dtype, output, quick, launch)
     raise typer.Exit(code)
 
 

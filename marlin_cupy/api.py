@@ -30,6 +30,7 @@ def matmul(
     out: Array | None = None,
     *,
     batch_invariant: bool = False,
+    dependent: bool = True,
 ) -> Array:
     """y = x @ W + bias, computed where the weight lives.
 
@@ -42,6 +43,11 @@ def matmul(
             immutable. It must not overlap x.
         batch_invariant: every row of y has the same bits whatever the number of rows and whatever the others hold.
             UnsupportedError where no kernel can promise it.
+        dependent: allow a dependent launch, which kernels for Hopper have (explain says so): the GPU starts to read
+            the weight before the kernels ahead on the stream have finished, and only the weight; x, bias and out are
+            touched after that. So no kernel of yours that is ahead may write the weight. Whatever marlin_cupy does to
+            a weight (quantize, pack, load, to, update_, the constructor) is safe. If something else wrote into
+            w.packed, call w.mark_written(), or pass False for the first multiplication on a stream after that.
 
     Returns:
         [..., N] in x's library, dtype and device.
@@ -73,9 +79,9 @@ def matmul(
         if device != CPU and 0 not in x.shape:  # an empty array has no strides to speak of
             _check_strides(framework, x, bias, target)
         plan = plan_of(w, math.prod(x.shape[:-1]), dtype, batch_invariant)
-        y = plan.multiply(framework, x, w, bias, target)
+        y = plan.multiply(framework, x, w, bias, target, dependent)
     else:
-        y = _through_cupy(framework, x, w, bias, target, batch_invariant)
+        y = _through_cupy(framework, x, w, bias, target, batch_invariant, dependent)
     return y if out is None else out
 
 
@@ -106,6 +112,7 @@ class Explanation:
         floor_us: estimate of the microseconds that reading the weight takes; None on the CPU.
         candidates: what was considered, the one that is used first, then by time.
         passed_over: kernels that are not used, with the reason.
+        dependent: whether it has dependent launches, see :func:`matmul`.
     """
 
     kernel: str
@@ -114,6 +121,7 @@ class Explanation:
     floor_us: float | None
     candidates: tuple[Considered, ...]
     passed_over: dict[str, str]
+    dependent: bool = False
 
     def __str__(self) -> str:
         lines = _wrapped(f"{self.kernel}: {self.config}") + _wrapped(f"because {self.reason}")
@@ -179,6 +187,7 @@ def explain(shape: Sequence[int], dtype: Any, w: QuantizedTensor, *, batch_invar
             for each in (chosen, *others)
         ),
         passed_over=reasons,
+        dependent=chosen.configuration.dependent,
     )
 
 
@@ -200,7 +209,7 @@ def problem_of(w: QuantizedTensor, m: int, dtype: str, batch_invariant: bool = F
 
 
 def _through_cupy(
-    framework: Framework, x: Array, w: QuantizedTensor, bias: Any, out: Any, batch_invariant: bool
+    framework: Framework, x: Array, w: QuantizedTensor, bias: Any, out: Any, batch_invariant: bool, dependent: bool
 ) -> Array:
     """For libraries without a stream of their own to launch on: CuPy computes, DLPack or a copy hands over."""
     cupy = import_cupy("a weight on a GPU")
@@ -209,7 +218,7 @@ def _through_cupy(
             None if array is None else cupy.ascontiguousarray(cupy.asarray(framework.to_native(array)))
             for array in (x, bias)
         ]
-        y = matmul(arrays[0], w, arrays[1], batch_invariant=batch_invariant)
+        y = matmul(arrays[0], w, arrays[1], batch_invariant=batch_invariant, dependent=dependent)
         if out is None:
             return framework.from_native(y)
         framework.to_native(out)[...] = y.get() if framework.device(out) == CPU else y

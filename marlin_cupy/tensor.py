@@ -18,7 +18,7 @@ import numpy
 import safetensors
 import safetensors.numpy
 
-from marlin_cupy import formats, frameworks
+from marlin_cupy import formats, frameworks, writes
 from marlin_cupy.device import CPU, Device, gpu, gpu_count, import_cupy, namespace
 from marlin_cupy.errors import DeviceError, FileFormatError
 from marlin_cupy.formats.scalars import BFLOAT16, FLOAT16, FLOAT32, HALF_DTYPES, MAX, from_bits, to_bits
@@ -77,7 +77,7 @@ class QuantizedTensor:
     (ceil(N/64), ceil(K/128), slab_bytes) of any library, see ``layout.py``.
     """
 
-    __slots__ = ("_native", "device", "layout", "packed", "plans", "pointer", "spec")
+    __slots__ = ("_native", "device", "layout", "packed", "plans", "pointer", "spec", "writes")
 
     # NumPy and CuPy leave ``x @ w`` to __rmatmul__ when they see these.
     __array_ufunc__ = None
@@ -104,6 +104,8 @@ class QuantizedTensor:
         self._native = native
         self.plans: dict[Any, Any] = {}  # launches by (M, dtype), kept by the kernels
         self.pointer = 0 if self.device == CPU else int(native.data.ptr)
+        self.writes = writes.Writes() if self.device == CPU else writes.of_gpu(self.device.index)
+        self.writes.mark()  # packed may have been filled a moment ago
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -215,8 +217,22 @@ class QuantizedTensor:
         device = _device_of(native)
         if device != self.device:
             raise DeviceError(f"weight is on {device} and the packed buffer on {self.device}; move one of them.")
-        _encode(native, self.spec, search, self._native)
+        with self.writes.writing():
+            _encode(native, self.spec, search, self._native)
         return self
+
+    def mark_written(self) -> None:
+        """Say that something other than marlin_cupy has written into ``packed``, before the next :func:`matmul`.
+
+        Call it when the kernel that writes has been enqueued and, where that was on another stream than the
+        multiplication, or on a branch of a graph that is being captured, when the streams have been joined. The next
+        multiplication on each stream of this GPU is then a plain launch; see ``dependent`` of :func:`matmul`.
+        """
+        self.writes.mark()
+
+    def __reduce__(self) -> tuple[type[QuantizedTensor], tuple[Spec, Array]]:
+        # Copies and pickles are made by the constructor: an address and loaded kernels do not travel.
+        return QuantizedTensor, (self.spec, self.packed)
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write a safetensors file with one uint8 tensor "packed" and the description as metadata.

@@ -78,10 +78,15 @@ def check_plans(format: str, dtype: str, only_every: int) -> tuple[int, int]:
         exact = Product(*(part.astype(np.float64) for part in (x, on_host.dequantize("float32"), bias)))
         for plan in (*plans(format, dtype, w, only_every), *stream_plans(dtype, w)):
             x_gpu, bias_gpu = to_gpu(x[: plan.m]), to_gpu(bias)
-            out = cupy.asarray(np.full((plan.m, N), _NAN, np.uint16)).view(DTYPES[dtype])
-            plan.multiply(frameworks.of(x_gpu), x_gpu, w, bias_gpu, out)
-            exact.check(to_host(out).astype(np.float64), dtype, format, gpu=True, case=f"{format} {dtype} {plan}")
-            launches[plan.config.cluster > 1 if isinstance(plan, StreamPlan) else plan.grid.is_cut] += 1
+            for dependent in (False, True) if isinstance(plan, StreamPlan) else (False,):
+                out = cupy.asarray(np.full((plan.m, N), _NAN, np.uint16)).view(DTYPES[dtype])
+                plan.multiply(frameworks.of(x_gpu), x_gpu, w, bias_gpu, out, False)
+                if dependent:  # behind a launch, which it can overlap with
+                    plan.multiply(frameworks.of(x_gpu), x_gpu, w, bias_gpu, out, True)
+                    plan.multiply(frameworks.of(x_gpu), x_gpu, w, bias_gpu, out, True)
+                case = f"{format} {dtype} {plan}, dependent={dependent}"
+                exact.check(to_host(out).astype(np.float64), dtype, format, gpu=True, case=case)
+                launches[plan.config.cluster > 1 if isinstance(plan, StreamPlan) else plan.grid.is_cut] += 1
     return launches[0], launches[1]
 
 

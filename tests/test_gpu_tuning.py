@@ -46,7 +46,7 @@ def test_every_candidate_is_right(name: str, dtype: str) -> None:
             for candidate in kernels.candidates(problem):
                 out, guard = poisoned_with_guard(M, N, dtype)
                 rows = x[:M]
-                kernels.plan(problem, candidate).multiply(frameworks.of(rows), rows, w, None, out)
+                kernels.plan(problem, candidate).multiply(frameworks.of(rows), rows, w, None, out, True)
                 product.check(float64(out), dtype, name, gpu=True, case=f"M={M}, K={K}, N={N}: {candidate}")
                 assert is_poison(guard), str(candidate)
 

@@ -24,7 +24,7 @@ CUDA = source_root()
 ROWS = (
     ("errors",),
     ("device",),
-    ("frameworks", "formats", "timing", "progress"),
+    ("frameworks", "formats", "timing", "progress", "writes"),
     ("layout",),
     ("tensor",),
     ("jit",),

@@ -5,7 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 from marlin_cupy.device import Gpu
 from marlin_cupy.frameworks import Framework
@@ -29,6 +29,9 @@ class Problem:
 
 class Configuration(ABC):
     """Everything that a kernel has decided about a launch, a frozen dataclass; ``str`` tells it in words."""
+
+    #: Whether it has dependent launches.
+    dependent: ClassVar[bool] = False
 
     @property
     @abstractmethod
@@ -63,8 +66,13 @@ class Plan(ABC):
     """A kernel made ready for one problem; ``str`` tells its configuration."""
 
     @abstractmethod
-    def multiply(self, framework: Framework, x: Any, w: QuantizedTensor, bias: Any | None, out: Any | None) -> Any:
-        """``x @ w + bias`` for arrays of ``framework`` on the weight's device that have been checked."""
+    def multiply(
+        self, framework: Framework, x: Any, w: QuantizedTensor, bias: Any | None, out: Any | None, dependent: bool
+    ) -> Any:
+        """``x @ w + bias`` for arrays of ``framework`` on the weight's device that have been checked.
+
+        ``dependent`` allows a dependent launch; a kernel that has none ignores it.
+        """
 
 
 class Kernel(ABC):

@@ -39,7 +39,9 @@ class ReferencePlan(Plan):
     def __str__(self) -> str:
         return str(self.rows)
 
-    def multiply(self, framework: Framework, x: Any, w: QuantizedTensor, bias: Any | None, out: Any | None) -> Any:
+    def multiply(
+        self, framework: Framework, x: Any, w: QuantizedTensor, bias: Any | None, out: Any | None, dependent: bool
+    ) -> Any:
         """A run of columns at a time."""
         x_host = framework.to_native(x)
         shape = (*x_host.shape[:-1], w.shape[1])

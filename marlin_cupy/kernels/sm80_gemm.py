@@ -262,7 +262,9 @@ class Sm80Plan(Plan):
     def __str__(self) -> str:
         return str(Tiling(self.config, self.grid))
 
-    def multiply(self, framework: Framework, x: Any, w: QuantizedTensor, bias: Any | None, out: Any | None) -> Any:
+    def multiply(
+        self, framework: Framework, x: Any, w: QuantizedTensor, bias: Any | None, out: Any | None, dependent: bool
+    ) -> Any:
         """Enqueue on the current stream of ``framework``."""
         assert isinstance(framework, StreamFramework)
         K, N = w.shape

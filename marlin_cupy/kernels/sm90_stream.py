@@ -7,7 +7,7 @@ import math
 import struct
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 from marlin_cupy.device import Gpu
 from marlin_cupy.formats.scalars import HALF_DTYPES
@@ -87,6 +87,12 @@ class Costs:
     exchange: float
 
 
+#: A dependent launch of a layer with more packed bytes takes all shared memory of its SMs, so that blocks of the next
+#: kernel start where blocks of this one have ended and not beside them, where they would compete for bandwidth. With
+#: fewer bytes they start at once. From a laboratory version of this kernel; not measured for this one.
+_BESIDE_BYTES = 15 << 20
+
+
 # Fitted to the rows of this kernel in examples/results/h200.json, which they meet within 6 %. There M = 16 has no row
 # with several tiles per block, since sm80_gemm was found to be as fast or faster then: tile is such that it is.
 #: By the largest M that they hold for.
@@ -126,6 +132,8 @@ def configs(m: int, layout: Layout, gpu: Gpu) -> list[Config]:
 class Streams(Configuration):
     """A block, and how many clusters of them share the tiles, all resident at once."""
 
+    dependent: ClassVar[bool] = True
+
     config: Config
     clusters: int
 
@@ -136,7 +144,7 @@ class Streams(Configuration):
 
     def __str__(self) -> str:
         exchange = "partial tiles are added in rank order" if self.config.cluster > 1 else "no tile is cut"
-        return f"{self.config}; {self.clusters * self.config.cluster} blocks, {exchange}"
+        return f"{self.config}; {self.clusters * self.config.cluster} blocks, {exchange}; dependent launch"
 
 
 def rounds(config: Config, layout: Layout, gpu: Gpu) -> int:
@@ -158,6 +166,17 @@ def predicted_us(config: Config, layout: Layout, gpu: Gpu) -> float:
     return costs.launch + max(rounds(config, layout, gpu) * tile, read_us(slabs_n * slabs_k * slab_bytes, gpu))
 
 
+def all_shared_bytes(config: Config, gpu: Gpu) -> int:
+    """Dynamic shared memory with which ``blocks_per_sm`` blocks leave none on an SM."""
+    return min(gpu.shared_per_block, gpu.shared_per_sm // config.blocks_per_sm - _RESERVED_SHARED) // 128 * 128
+
+
+def dependent_shared_bytes(config: Config, layout: Layout, gpu: Gpu) -> int:
+    """Dynamic shared memory of a block in a dependent launch; see _BESIDE_BYTES."""
+    alone = math.prod(layout.packed_shape) > _BESIDE_BYTES
+    return all_shared_bytes(config, gpu) if alone else config.shared_bytes(layout)
+
+
 @dataclass(frozen=True)
 class StreamPlan(Plan):
     """Everything about a launch that does not depend on pointers."""
@@ -166,6 +185,7 @@ class StreamPlan(Plan):
     config: Config
     clusters: int
     m: int
+    dependent_shared_bytes: int
 
     @staticmethod
     def make(streams: Streams, problem: Problem) -> StreamPlan:
@@ -178,13 +198,19 @@ class StreamPlan(Plan):
             problem.gpu.index,
             "gemm",
             streams.config.shared_bytes(problem.spec.layout),
+            all_shared_bytes(streams.config, problem.gpu),
         )
-        return StreamPlan(function, streams.config, streams.clusters, problem.M)
+        shared_bytes = dependent_shared_bytes(streams.config, problem.spec.layout, problem.gpu)
+        return StreamPlan(function, streams.config, streams.clusters, problem.M, shared_bytes)
 
     def __str__(self) -> str:
-        return str(Streams(self.config, self.clusters))
+        return (
+            f"{Streams(self.config, self.clusters)} with {self.dependent_shared_bytes} bytes of shared memory a block"
+        )
 
-    def multiply(self, framework: Framework, x: Any, w: QuantizedTensor, bias: Any | None, out: Any | None) -> Any:
+    def multiply(
+        self, framework: Framework, x: Any, w: QuantizedTensor, bias: Any | None, out: Any | None, dependent: bool
+    ) -> Any:
         """Enqueue on the current stream of ``framework``."""
         assert isinstance(framework, StreamFramework)
         K, N = w.shape
@@ -213,7 +239,13 @@ class StreamPlan(Plan):
             y_pointer % 8 == 0 and (self.m == 1 or y_stride % 4 == 0),
         )
         blocks = self.clusters * self.config.cluster
-        self.function.launch(blocks, self.config.threads, framework.stream(w.device), _ARGUMENTS)
+        stream = framework.stream(w.device)
+        if dependent:
+            self.function.launch_dependent(
+                w.writes, blocks, self.config.threads, stream, _ARGUMENTS, self.dependent_shared_bytes
+            )
+        else:
+            self.function.launch(blocks, self.config.threads, stream, _ARGUMENTS)
         return y
 
 

@@ -1,18 +1,18 @@
-"""More than a few rows of x on Hopper: wgmma on weights decoded in registers. Twin of cuda_src/kernels/sm90_wgmma.cuh."""
+"""More than a few rows of x on Hopper: wgmma on weights decoded in registers.
+
+Twin of cuda_src/kernels/sm90_wgmma.cuh."""
 
 from __future__ import annotations
 
 import dataclasses
 import struct
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
 from marlin_cupy.device import Gpu
-from marlin_cupy.formats.scalars import HALF_DTYPES
 from marlin_cupy.frameworks import Framework, StreamFramework
 from marlin_cupy.jit import launch, source, tensor_map
-from marlin_cupy.kernels.problem import Kernel, Plan, Problem
+from marlin_cupy.kernels.problem import Plan, Problem
 from marlin_cupy.layout import SLAB_K, SLAB_N, Layout
 from marlin_cupy.tensor import QuantizedTensor, Spec
 
@@ -145,7 +145,9 @@ class WgmmaPlan(Plan):
     def __str__(self) -> str:
         return f"{self.config}; {self.grid.blocks * self.config.cluster} blocks over {self.grid.tiles} tiles"
 
-    def multiply(self, framework: Framework, x: Any, w: QuantizedTensor, bias: Any | None, out: Any | None) -> Any:
+    def multiply(
+        self, framework: Framework, x: Any, w: QuantizedTensor, bias: Any | None, out: Any | None, dependent: bool
+    ) -> Any:
         """Enqueue on the current stream of ``framework``."""
         assert isinstance(framework, StreamFramework)
         K, N = w.shape
