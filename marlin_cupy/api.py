@@ -36,13 +36,16 @@ def matmul(
 
     Args:
         x: float16 or bfloat16[..., K], last axis contiguous, any strides between rows. On the weight's GPU it is
-            used in place on its library's current stream; a NumPy array is taken there and the result back.
+            used in place on its library's current stream; a NumPy array is taken there and the result back. Where
+            explain names sm90_wgmma, x whose rows overlap or do not start at multiples of 16 bytes is multiplied by
+            sm80_gemm instead, which takes longer.
         w: the weight, logical shape (K, N).
         bias: the dtype, library and device of x, [N], contiguous; added in float32 before the one rounding.
         out: the dtype, library and device of x, [..., N]; written and returned. Not for JAX, whose arrays are
             immutable. It must not overlap x.
         batch_invariant: every row of y has the same bits whatever the number of rows and whatever the others hold.
-            UnsupportedError where no kernel can promise it.
+            UnsupportedError where no kernel can promise it. On a GPU sm90_wgmma alone can: the rows of x must start
+            at multiples of 16 bytes and not overlap, ValueError otherwise; a contiguous x is right.
         dependent: allow a dependent launch, which kernels for Hopper have (explain says so): the GPU starts to read
             the weight before the kernels ahead on the stream have finished, and only the weight; x, bias and out are
             touched after that. So no kernel of yours that is ahead may write the weight. Whatever marlin_cupy does to

@@ -6,13 +6,13 @@ from collections.abc import Iterator
 
 from marlin_cupy.device import Gpu
 from marlin_cupy.errors import UnsupportedError
-from marlin_cupy.kernels import reference, sm80_gemm, sm90_stream, tuned
+from marlin_cupy.kernels import reference, sm80_gemm, sm90_stream, sm90_wgmma, tuned
 from marlin_cupy.kernels.costs import floor_us
 from marlin_cupy.kernels.problem import Candidate, Configuration, Kernel, Plan, Problem
 from marlin_cupy.tensor import Spec
 
 #: In no order: the candidate with the least time is used, whosever it is.
-KERNELS: tuple[Kernel, ...] = (sm90_stream.KERNEL, sm80_gemm.KERNEL, reference.KERNEL)
+KERNELS: tuple[Kernel, ...] = (sm90_stream.KERNEL, sm90_wgmma.KERNEL, sm80_gemm.KERNEL, reference.KERNEL)
 
 
 def refusals(problem: Problem) -> dict[str, str | None]:

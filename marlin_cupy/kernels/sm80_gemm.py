@@ -13,6 +13,7 @@ from marlin_cupy.formats.scalars import HALF_DTYPES
 from marlin_cupy.frameworks import Framework, StreamFramework
 from marlin_cupy.jit import launch, source
 from marlin_cupy.kernels.costs import decode_factor, read_us
+from marlin_cupy.kernels.operands import Rows, output
 from marlin_cupy.kernels.problem import Candidate, Configuration, Kernel, Plan, Problem
 from marlin_cupy.layout import HALF_N, SLAB_K, SLAB_N, Layout
 from marlin_cupy.tensor import QuantizedTensor, Spec
@@ -268,12 +269,10 @@ class Sm80Plan(Plan):
         """Enqueue on the current stream of ``framework``."""
         assert isinstance(framework, StreamFramework)
         K, N = w.shape
-        y = framework.empty((*x.shape[:-1], N), framework.dtype(x), w.device) if out is None else out
+        y = output(framework, x, w, out)
         if self.m == 0:
             return y
-        x_rows, y_rows = framework.rows(x), framework.rows(y)
-        x_pointer, y_pointer = framework.pointer(x_rows), framework.pointer(y_rows)
-        x_stride, y_stride = framework.strides(x_rows)[0], framework.strides(y_rows)[0]
+        x_rows, y_rows = Rows.of(framework, x, self.m), Rows.of(framework, y, self.m)
         stream = framework.stream(w.device)
         partials, counters = 0, 0
         if self.grid.is_cut:
@@ -286,13 +285,13 @@ class Sm80Plan(Plan):
             _ARGUMENTS.data,
             0,
             w.pointer,
-            x_pointer,
+            x_rows.pointer,
             0 if bias is None else framework.pointer(bias),
-            y_pointer,
+            y_rows.pointer,
             partials,
             counters,
-            x_stride,
-            y_stride,
+            x_rows.stride,
+            y_rows.stride,
             self.m,
             N,
             K,
@@ -300,8 +299,8 @@ class Sm80Plan(Plan):
             slabs_k,
             self.grid.tiles_m,
             self.grid.tiles,
-            x_pointer % 16 == 0 and (self.m == 1 or x_stride % 8 == 0),
-            y_pointer % 8 == 0 and (self.m == 1 or y_stride % 4 == 0),
+            x_rows.start_at(16),
+            y_rows.start_at(8),
         )
         self.function.launch(self.grid.blocks, self.config.threads, stream, _ARGUMENTS)
         return y

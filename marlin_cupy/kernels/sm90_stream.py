@@ -14,6 +14,7 @@ from marlin_cupy.formats.scalars import HALF_DTYPES
 from marlin_cupy.frameworks import Framework, StreamFramework
 from marlin_cupy.jit import launch, source
 from marlin_cupy.kernels.costs import decode_factor, read_us
+from marlin_cupy.kernels.operands import Rows, output
 from marlin_cupy.kernels.problem import Candidate, Configuration, Kernel, Plan, Problem
 from marlin_cupy.layout import SLAB_K, SLAB_N, Layout
 from marlin_cupy.tensor import QuantizedTensor, Spec
@@ -214,29 +215,27 @@ class StreamPlan(Plan):
         """Enqueue on the current stream of ``framework``."""
         assert isinstance(framework, StreamFramework)
         K, N = w.shape
-        y = framework.empty((*x.shape[:-1], N), framework.dtype(x), w.device) if out is None else out
+        y = output(framework, x, w, out)
         if self.m == 0:
             return y
-        x_rows, y_rows = framework.rows(x), framework.rows(y)
-        x_pointer, y_pointer = framework.pointer(x_rows), framework.pointer(y_rows)
-        x_stride, y_stride = framework.strides(x_rows)[0], framework.strides(y_rows)[0]
+        x_rows, y_rows = Rows.of(framework, x, self.m), Rows.of(framework, y, self.m)
         slabs_n, slabs_k, _ = w.layout.packed_shape
         _ARGS.pack_into(
             _ARGUMENTS.data,
             0,
             w.pointer,
-            x_pointer,
+            x_rows.pointer,
             0 if bias is None else framework.pointer(bias),
-            y_pointer,
-            x_stride,
-            y_stride,
+            y_rows.pointer,
+            x_rows.stride,
+            y_rows.stride,
             self.m,
             N,
             K,
             slabs_n,
             slabs_k,
-            x_pointer % 16 == 0 and (self.m == 1 or x_stride % 8 == 0),
-            y_pointer % 8 == 0 and (self.m == 1 or y_stride % 4 == 0),
+            x_rows.start_at(16),
+            y_rows.start_at(8),
         )
         blocks = self.clusters * self.config.cluster
         stream = framework.stream(w.device)
