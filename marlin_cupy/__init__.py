@@ -1,6 +1,6 @@
 """One packed quantized weight, one GEMM, shared by NumPy, CuPy, JAX and PyTorch."""
 
-from marlin_cupy.api import Explanation, explain, matmul
+from marlin_cupy.api import Considered, Explanation, explain, matmul
 from marlin_cupy.errors import (
     CompileError,
     DeviceError,
@@ -9,16 +9,22 @@ from marlin_cupy.errors import (
     UnsupportedError,
 )
 from marlin_cupy.tensor import QuantizedTensor, Unpacked, dequantize, load, pack, quantize
+from marlin_cupy.tuning import TunedCandidate, TunedRows, Tuning, tune
+from marlin_cupy.warming import warmup
 
 __version__ = "0.1.0"
 
 __all__ = [
     "CompileError",
+    "Considered",
     "DeviceError",
     "Explanation",
     "FileFormatError",
     "MissingDependencyError",
     "QuantizedTensor",
+    "TunedCandidate",
+    "TunedRows",
+    "Tuning",
     "Unpacked",
     "UnsupportedError",
     "dequantize",
@@ -27,4 +33,6 @@ __all__ = [
     "matmul",
     "pack",
     "quantize",
+    "tune",
+    "warmup",
 ]

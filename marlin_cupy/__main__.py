@@ -1,4 +1,4 @@
-"""The command line: ``python -m marlin_cupy`` or ``marlin-cupy``, with the commands info, demo, bench and compile."""
+"""The command line: ``python -m marlin_cupy`` or ``marlin-cupy``: info, demo, tune, bench and compile."""
 
 from __future__ import annotations
 
@@ -20,6 +20,7 @@ import numpy
 import marlin_cupy as mc
 from marlin_cupy import formats, kernels
 from marlin_cupy.bench import shapes
+from marlin_cupy.bench.contenders import fill_normal
 from marlin_cupy.device import CPU, Device, Gpu, arch_of, gpu, gpu_count, gpu_of_arch, import_cupy, installed
 from marlin_cupy.errors import CompileError, MissingDependencyError
 from marlin_cupy.formats.scalars import FLOAT16, FLOAT32, HALF_DTYPES, ROUNDOFF
@@ -31,6 +32,7 @@ from marlin_cupy.tensor import QuantizedTensor, Spec
 try:
     import typer
     from rich.console import Console
+    from rich.markup import escape
     from rich.progress import MofNCompleteColumn, Progress, TimeElapsedColumn
     from rich.table import Table
 except ImportError as error:
@@ -310,6 +312,57 @@ def _gpu_of_arch(arch: str, version: str) -> Gpu:
     return found
 
 
+# ---- tune
+
+
+@app.command()
+@_refusals_in_one_sentence()
+def tune(
+    shape: Annotated[list[str], typer.Option(help="NAME=KxN, repeatable: inputs and outputs of a layer.")],
+    m: Annotated[list[int], typer.Option(min=1, help="Rows of x, repeatable.")],
+    format: Annotated[str, typer.Option(help="Weight format.")] = "int4",
+    group_size: GroupSize = None,
+    dtype: Annotated[str, typer.Option(help="Dtype of activations and scales.")] = FLOAT16,
+) -> None:
+    """Time the kernels for layers of these shapes on this machine's GPU, and use the fastest from now on.
+
+    Exit code 1 without a GPU, and where a kernel was wrong.
+    """
+    layers = [shapes.parse(text) for text in shape]
+    formats.get(format)
+    if dtype not in HALF_DTYPES:
+        raise ValueError(f"dtype is {dtype!r}; use {' or '.join(HALF_DTYPES)}.")
+    if gpu_count() == 0:
+        _print_line("Tuning needs a CUDA GPU that CuPy can use, and this machine has none.")
+        raise typer.Exit(1)
+    wrong = False
+    for layer in layers:
+        weight = import_cupy("tuning").empty((layer.K, layer.N), dtype=numpy.float16)
+        fill_normal(weight, FLOAT16, 1 / math.sqrt(layer.K))
+        w = mc.quantize(weight, format, group_size, scale_dtype=dtype)
+        del weight
+        found = mc.tune(w, m)
+        _show_tuning(layer.name, found)
+        wrong = wrong or any(each.wrong for row in found.rows for each in row.candidates)
+    if wrong:
+        raise typer.Exit(1)
+
+
+def _show_tuning(name: str, found: mc.Tuning) -> None:
+    """All candidates of every M, the chosen one first."""
+    table = Table("M", "us", "predicted", "kernel and configuration", title=f"{name}: {found.title}")
+    for row in found.rows:
+        for index, each in enumerate(row.candidates):
+            notes = ["chosen"] * (index == 0) + ["used before"] * (each == row.before)
+            words = f"{each.kernel}: {each.config}" + (f" [bold]({', '.join(notes)})[/bold]" if notes else "")
+            words += f" [red]WRONG: {escape(each.wrong)}[/red]" if each.wrong else ""
+            us = "" if each.us is None else f"{each.us:.2f}"
+            table.add_row(str(row.M) if index == 0 else "", us, f"{each.predicted_us:.2f}", words)
+        table.add_row("", f"{row.floor_us:.2f}", "", "[dim]to read the weight, estimated[/dim]", end_section=True)
+    console.print(table)
+    _print_line(f"kept in {found.path}" if found.path else "not kept: the cache folder cannot be written")
+
+
 # ---- bench
 
 
@@ -319,11 +372,14 @@ def bench(
     shape: Annotated[
         list[str] | None, typer.Option(help="NAME=KxN, repeatable; Llama 3 8B and 70B layers if not given.")
     ] = None,
-    m: Annotated[list[int] | None, typer.Option(min=1, help="Rows of x, repeatable; 1 to 2048 if not given.")] = None,
+    m: Annotated[list[int] | None, typer.Option(min=1, help="Rows of x, repeatable; 1 to 4096 if not given.")] = None,
     format: Annotated[list[str] | None, typer.Option(help="Weight format, repeatable; int4 if not given.")] = None,
     group_size: GroupSize = None,
     dtype: Annotated[str, typer.Option(help="Dtype of activations and scales.")] = FLOAT16,
     output: Annotated[Path | None, typer.Option(help="Folder for the JSON file and the plots.")] = None,
+    launch: Annotated[
+        list[str] | None, typer.Option(help='"plain" or "dependent", repeatable; plain if not given.')
+    ] = None,
     quick: Annotated[bool, typer.Option("--quick", help="Few shapes and repeats, within a minute.")] = False,
 ) -> None:
     """Time this machine's GPU: our kernels, cuBLAS, the read floor and what else is installed."""
@@ -336,7 +392,7 @@ def bench(
         run = importlib.import_module("marlin_cupy.bench.run").run  # with matplotlib, which no other command needs
     except ImportError as error:
         raise ImportError(f"bench needs {error.name}; pip install 'marlin_cupy[bench]'.") from error
-    code: int = run(layers, m, format, group_size, dtype, output, quick)
+    code: int = run(layers, m, format, group_size, dtype, output, quick, launch)
     raise typer.Exit(code)
 
 

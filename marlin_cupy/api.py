@@ -4,31 +4,53 @@ from __future__ import annotations
 
 import itertools
 import math
+import textwrap
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 from marlin_cupy import frameworks, kernels
 from marlin_cupy.device import CPU, Device, gpu, import_cupy
 from marlin_cupy.errors import DeviceError
 from marlin_cupy.formats.scalars import HALF_DTYPES
 from marlin_cupy.frameworks import Framework, StreamFramework
-from marlin_cupy.kernels import Plan, Problem
+from marlin_cupy.kernels import Plan, Problem, tuned
 from marlin_cupy.tensor import QuantizedTensor
 
 Array = Any  # an array of any library
 
+#: Columns and candidates of a printed explanation.
+_WIDTH, _SHOWN = 100, 6
 
-def matmul(x: Array, w: QuantizedTensor, bias: Array | None = None, out: Array | None = None) -> Array:
+
+def matmul(
+    x: Array,
+    w: QuantizedTensor,
+    bias: Array | None = None,
+    out: Array | None = None,
+    *,
+    batch_invariant: bool = False,
+    dependent: bool = True,
+) -> Array:
     """y = x @ W + bias, computed where the weight lives.
 
     Args:
         x: float16 or bfloat16[..., K], last axis contiguous, any strides between rows. On the weight's GPU it is
-            used in place on its library's current stream; a NumPy array is taken there and the result back.
+            used in place on its library's current stream; a NumPy array is taken there and the result back. Where
+            explain names sm90_wgmma, x whose rows overlap or do not start at multiples of 16 bytes is multiplied by
+            sm80_gemm instead, which takes longer.
         w: the weight, logical shape (K, N).
         bias: the dtype, library and device of x, [N], contiguous; added in float32 before the one rounding.
         out: the dtype, library and device of x, [..., N]; written and returned. Not for JAX, whose arrays are
             immutable. It must not overlap x.
+        batch_invariant: every row of y has the same bits whatever the number of rows and whatever the others hold.
+            UnsupportedError where no kernel can promise it. On a GPU sm90_wgmma alone can: the rows of x must start
+            at multiples of 16 bytes and not overlap, ValueError otherwise; a contiguous x is right.
+        dependent: allow a dependent launch, which kernels for Hopper have (explain says so): the GPU starts to read
+            the weight before the kernels ahead on the stream have finished, and only the weight; x, bias and out are
+            touched after that. So no kernel of yours that is ahead may write the weight. Whatever marlin_cupy does to
+            a weight (quantize, pack, load, to, update_, the constructor) is safe. If something else wrote into
+            w.packed, call w.mark_written(), or pass False for the first multiplication on a stream after that.
 
     Returns:
         [..., N] in x's library, dtype and device.
@@ -59,10 +81,27 @@ def matmul(x: Array, w: QuantizedTensor, bias: Array | None = None, out: Array |
     if device == w.device and (device == CPU or isinstance(framework, StreamFramework)):
         if device != CPU and 0 not in x.shape:  # an empty array has no strides to speak of
             _check_strides(framework, x, bias, target)
-        y = _plan(w, math.prod(x.shape[:-1]), dtype).multiply(framework, x, w, bias, target)
+        plan = plan_of(w, math.prod(x.shape[:-1]), dtype, batch_invariant)
+        y = plan.multiply(framework, x, w, bias, target, dependent)
     else:
-        y = _through_cupy(framework, x, w, bias, target)
+        y = _through_cupy(framework, x, w, bias, target, batch_invariant, dependent)
     return y if out is None else out
+
+
+class Considered(NamedTuple):
+    """A candidate in an :class:`Explanation`.
+
+    Attributes:
+        kernel: name of the kernel.
+        config: its configuration, in words.
+        predicted_us: microseconds that its model expects; infinite where there is no model, on the CPU.
+        measured_us: what :func:`tune` measured for this M; None where it did not.
+    """
+
+    kernel: str
+    config: str
+    predicted_us: float
+    measured_us: float | None
 
 
 @dataclass(frozen=True)
@@ -72,25 +111,47 @@ class Explanation:
     Attributes:
         kernel: name of the kernel that is used.
         config: its configuration, in words.
+        reason: why this one: the least time measured by :func:`tune`, or the least predicted.
+        floor_us: estimate of the microseconds that reading the weight takes; None on the CPU.
+        candidates: what was considered, the one that is used first, then by time.
         passed_over: kernels that are not used, with the reason.
+        dependent: whether it has dependent launches, see :func:`matmul`.
     """
 
     kernel: str
     config: str
+    reason: str
+    floor_us: float | None
+    candidates: tuple[Considered, ...]
     passed_over: dict[str, str]
+    dependent: bool = False
 
     def __str__(self) -> str:
-        lines = [f"{self.kernel}: {self.config}"]
-        return "\n".join(lines + [f"not {name}: {reason}" for name, reason in self.passed_over.items()])
+        lines = _wrapped(f"{self.kernel}: {self.config}") + _wrapped(f"because {self.reason}")
+        if self.floor_us is not None:
+            lines += [f"reading the weight takes about {self.floor_us:.1f} us", "", "predicted  measured  us"]
+        for each in self.candidates[:_SHOWN] if self.floor_us is not None else ():
+            measured = "" if each.measured_us is None else f"{each.measured_us:.2f}"
+            lines += _wrapped(f"{each.predicted_us:9.2f} {measured:>9}  {each.kernel}: {each.config}", " " * 21)
+        if self.floor_us is not None:
+            lines += ["", *([f"and {len(self.candidates) - _SHOWN} more", ""] if len(self.candidates) > _SHOWN else [])]
+        for name, reason in self.passed_over.items():
+            lines += _wrapped(f"not {name}: {reason}")
+        return "\n".join(lines)
 
 
-def explain(shape: Sequence[int], dtype: Any, w: QuantizedTensor) -> Explanation:
+def _wrapped(text: str, indent: str = "    ") -> list[str]:
+    return textwrap.wrap(text, _WIDTH, subsequent_indent=indent, drop_whitespace=True, break_long_words=False)
+
+
+def explain(shape: Sequence[int], dtype: Any, w: QuantizedTensor, *, batch_invariant: bool = False) -> Explanation:
     """Which kernel and configuration :func:`matmul` uses for x of that shape and dtype, and why no other.
 
     Args:
         shape: shape (..., K) of x.
         dtype: dtype of x, of any library or by name.
         w: the weight.
+        batch_invariant: as in :func:`matmul`.
 
     Raises:
         UnsupportedError: no kernel serves it; the message has every kernel's reason.
@@ -103,30 +164,56 @@ def explain(shape: Sequence[int], dtype: Any, w: QuantizedTensor) -> Explanation
     if len(shape) == 0 or shape[-1] != K or min(shape) < 0:
         raise ValueError(f"shape is {tuple(shape)} and the weight (K={K}, N={N}); use (..., {K}).")
     name = str(getattr(dtype, "name", None) or getattr(dtype, "__name__", None) or dtype).removeprefix("torch.")
-    problem = _problem(math.prod(shape[:-1]), name, w)
+    problem = problem_of(w, math.prod(shape[:-1]), name, batch_invariant)
     chosen = kernels.choose(problem)
-    passed_over = {
-        other: reason or f"serves this too, {chosen.name} is preferred"
+    us = tuned.times(problem)
+    reasons = {
+        other: reason or f"serves this too, {chosen.kernel} takes less time"
         for other, reason in kernels.refusals(problem).items()
-        if other != chosen.name
+        if other != chosen.kernel
     }
-    return Explanation(chosen.name, str(chosen.plan(problem)), passed_over)
+    others = [each for each in kernels.candidates(problem) if each != chosen]
+    others.sort(key=lambda each: (us.get(each.key, math.inf), each.predicted_us))
+    if chosen.key in us:
+        why = f"mc.tune measured {us[chosen.key]:.2f} us, the least of {len(us)} candidates"
+    elif problem.gpu is None:
+        why = "it is the one that computes in host memory"
+    else:
+        why = f"{chosen.predicted_us:.2f} us are predicted, the least of {1 + len(others)} candidates; not tuned"
+    return Explanation(
+        kernel=chosen.kernel,
+        config=str(chosen.configuration),
+        reason=why,
+        floor_us=kernels.floor_us(problem),
+        candidates=tuple(
+            Considered(each.kernel, str(each.configuration), each.predicted_us, us.get(each.key))
+            for each in (chosen, *others)
+        ),
+        passed_over=reasons,
+        dependent=chosen.configuration.dependent,
+    )
 
 
-def _plan(w: QuantizedTensor, m: int, dtype: str) -> Plan:
-    """The kernel for M rows of ``dtype``, made ready once per weight."""
-    found: Plan | None = w.plans.get((m, dtype))
+def plan_of(w: QuantizedTensor, m: int, dtype: str, batch_invariant: bool = False) -> Plan:
+    """The kernel for M rows of ``dtype``, made ready once per weight, and again when something was tuned."""
+    key = m, dtype, batch_invariant, tuned.generation
+    found: Plan | None = w.plans.get(key)
     if found is None:
-        problem = _problem(m, dtype, w)
-        found = w.plans[m, dtype] = kernels.choose(problem).plan(problem)
+        for old in [other for other in list(w.plans) if other[-1] != key[-1]]:
+            w.plans.pop(old, None)
+        problem = problem_of(w, m, dtype, batch_invariant)
+        found = w.plans[key] = kernels.plan(problem, kernels.choose(problem))
     return found
 
 
-def _problem(m: int, dtype: str, w: QuantizedTensor) -> Problem:
-    return Problem(m, dtype, w.spec, None if w.device == CPU else gpu(w.device.index))
+def problem_of(w: QuantizedTensor, m: int, dtype: str, batch_invariant: bool = False) -> Problem:
+    """What :func:`matmul` asks the kernels for M rows of ``dtype``."""
+    return Problem(m, dtype, w.spec, None if w.device == CPU else gpu(w.device.index), batch_invariant)
 
 
-def _through_cupy(framework: Framework, x: Array, w: QuantizedTensor, bias: Any, out: Any) -> Array:
+def _through_cupy(
+    framework: Framework, x: Array, w: QuantizedTensor, bias: Any, out: Any, batch_invariant: bool, dependent: bool
+) -> Array:
     """For libraries without a stream of their own to launch on: CuPy computes, DLPack or a copy hands over."""
     cupy = import_cupy("a weight on a GPU")
     with cupy.cuda.Device(w.device.index):
@@ -134,7 +221,7 @@ def _through_cupy(framework: Framework, x: Array, w: QuantizedTensor, bias: Any,
             None if array is None else cupy.ascontiguousarray(cupy.asarray(framework.to_native(array)))
             for array in (x, bias)
         ]
-        y = matmul(arrays[0], w, arrays[1])
+        y = matmul(arrays[0], w, arrays[1], batch_invariant=batch_invariant, dependent=dependent)
         if out is None:
             return framework.from_native(y)
         framework.to_native(out)[...] = y.get() if framework.device(out) == CPU else y

@@ -34,18 +34,21 @@ _PACKAGES = [
 _ARCH_SPECIFIC = 90
 
 
-#: Shared memory per SM (CUDA C++ Programming Guide, technical specifications) and a usual number of SMs.
-_SHARED_OF_ARCH = {
-    "80": (164 << 10, 108),
-    "86": (100 << 10, 84),
-    "87": (164 << 10, 16),
-    "89": (100 << 10, 128),
-    "90": (228 << 10, 132),
-    "100": (228 << 10, 148),
-    "103": (228 << 10, 148),
-    "120": (100 << 10, 170),
-    "121": (100 << 10, 48),
+#: Shared memory per SM (CUDA C++ Programming Guide, technical specifications); a usual number of SMs and GB/s of
+#: memory, from the data sheets of A100 80GB, RTX A6000, Jetson AGX Orin, RTX 4090, H200, B200, B300, RTX 5090 and GB10.
+_TYPICAL_OF_ARCH = {
+    "80": (164 << 10, 108, 2039),
+    "86": (100 << 10, 84, 768),
+    "87": (164 << 10, 16, 205),
+    "89": (100 << 10, 128, 1008),
+    "90": (228 << 10, 132, 4800),
+    "100": (228 << 10, 148, 8000),
+    "103": (228 << 10, 148, 8000),
+    "120": (100 << 10, 170, 1792),
+    "121": (100 << 10, 48, 273),
 }
+#: GB/s that a driver can be believed to mean.
+_PLAUSIBLE_GBS = (20, 50_000)
 
 
 @dataclass(frozen=True)
@@ -89,6 +92,7 @@ class Gpu:
     shared_per_block: int
     shared_per_sm: int
     l2_bytes: int
+    memory_gbs: float = 1000.0  # nominal, in GB/s; an estimate
 
 
 def import_cupy(purpose: str) -> ModuleType:
@@ -126,11 +130,11 @@ def arch_of(major: int, minor: int) -> str:
 def gpu_of_arch(arch: str) -> Gpu:
     """The facts about a typical GPU of an architecture, for compiling without one; ValueError for unknown ones."""
     number = arch.removeprefix("sm_").rstrip("af")
-    if number not in _SHARED_OF_ARCH:
-        known = ", ".join(arch_of(*divmod(int(each), 10)) for each in _SHARED_OF_ARCH)
+    if number not in _TYPICAL_OF_ARCH:
+        known = ", ".join(arch_of(*divmod(int(each), 10)) for each in _TYPICAL_OF_ARCH)
         raise ValueError(f"arch is {arch!r}; known architectures are {known}.")
-    shared_per_sm, sm_count = _SHARED_OF_ARCH[number]
-    return Gpu(-1, f"any {arch}", arch, sm_count, shared_per_sm - 1024, shared_per_sm, 0)
+    shared_per_sm, sm_count, memory_gbs = _TYPICAL_OF_ARCH[number]
+    return Gpu(-1, f"any {arch}", arch, sm_count, shared_per_sm - 1024, shared_per_sm, 0, memory_gbs)
 
 
 @functools.cache
@@ -141,15 +145,30 @@ def gpu(index: int = 0) -> Gpu:
         raise DeviceError(f"cuda:{index} was asked for and this machine has {count} usable CUDA GPU(s).")
     cupy = import_cupy("reading GPU properties")
     properties: dict[str, Any] = cupy.cuda.runtime.getDeviceProperties(index)
+    arch = arch_of(properties["major"], properties["minor"])
     return Gpu(
         index=index,
         name=properties["name"].decode(),
-        arch=arch_of(properties["major"], properties["minor"]),
+        arch=arch,
         sm_count=properties["multiProcessorCount"],
         shared_per_block=properties["sharedMemPerBlockOptin"],
         shared_per_sm=properties["sharedMemPerMultiprocessor"],
         l2_bytes=properties["l2CacheSize"],
+        memory_gbs=_memory_gbs(cupy.cuda.runtime, index, arch),
     )
+
+
+def _memory_gbs(runtime: Any, index: int, arch: str) -> float:
+    """The nominal rate of a GPU's memory, as the driver tells it or as is typical where that cannot be."""
+    try:
+        kilohertz = runtime.deviceGetAttribute(runtime.cudaDevAttrMemoryClockRate, index)
+        bits = runtime.deviceGetAttribute(runtime.cudaDevAttrGlobalMemoryBusWidth, index)
+    except (AttributeError, runtime.CUDARuntimeError):
+        kilohertz = bits = 0
+    told = 2 * kilohertz * bits / 8 / 1e6  # two bits per clock and line
+    if _PLAUSIBLE_GBS[0] < told < _PLAUSIBLE_GBS[1]:
+        return float(told)
+    return float(_TYPICAL_OF_ARCH.get(arch.removeprefix("sm_").rstrip("af"), (0, 0, 1000))[2])
 
 
 def installed() -> dict[str, str | None]:

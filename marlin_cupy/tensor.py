@@ -18,7 +18,7 @@ import numpy
 import safetensors
 import safetensors.numpy
 
-from marlin_cupy import formats, frameworks
+from marlin_cupy import formats, frameworks, writes
 from marlin_cupy.device import CPU, Device, gpu, gpu_count, import_cupy, namespace
 from marlin_cupy.errors import DeviceError, FileFormatError
 from marlin_cupy.formats.scalars import BFLOAT16, FLOAT16, FLOAT32, HALF_DTYPES, MAX, from_bits, to_bits
@@ -77,7 +77,18 @@ class QuantizedTensor:
     (ceil(N/64), ceil(K/128), slab_bytes) of any library, see ``layout.py``.
     """
 
-    __slots__ = ("_native", "device", "factors_pointer", "layout", "packed", "plans", "pointer", "range_factors", "spec")
+    __slots__ = (
+        "_native",
+        "device",
+        "factors_pointer",
+        "layout",
+        "packed",
+        "plans",
+        "pointer",
+        "range_factors",
+        "spec",
+        "writes",
+    )
 
     # NumPy and CuPy leave ``x @ w`` to __rmatmul__ when they see these.
     __array_ufunc__ = None
@@ -104,14 +115,16 @@ class QuantizedTensor:
         self._native = native
         self.plans: dict[Any, Any] = {}  # launches by (M, dtype), kept by the kernels
         self.pointer, self.factors_pointer = 0, 0
+        self.writes = writes.Writes() if self.device == CPU else writes.of_gpu(self.device.index)
         if self.device != CPU:
             self.pointer = int(native.data.ptr)
             if range_factors is None:
                 with _on(self.device):
                     range_factors = layout.range_factors(native)
             self.factors_pointer = int(range_factors.data.ptr)
-        #: On a GPU, float32 per output: see Layout.range_factors. Tensors over the same memory share it.
+        #: On a GPU, float32 per output, see Layout.range_factors. Tensors over the same memory share it.
         self.range_factors = range_factors
+        self.writes.mark()  # packed may have been filled a moment ago
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -224,15 +237,31 @@ class QuantizedTensor:
         device = _device_of(native)
         if device != self.device:
             raise DeviceError(f"weight is on {device} and the packed buffer on {self.device}; move one of them.")
-        _encode(native, self.spec, search, self._native)
-        self._refresh_factors()
+        with self.writes.writing():
+            _encode(native, self.spec, search, self._native)
+            self._refresh_factors()
         return self
+
+    def mark_written(self) -> None:
+        """Say that something other than marlin_cupy has written into ``packed``, before the next :func:`matmul`.
+
+        Call it when the kernel that writes has been enqueued and, where that was on another stream than the
+        multiplication, or on a branch of a graph that is being captured, when the streams have been joined. The next
+        multiplication on each stream of this GPU is then a plain launch; see ``dependent`` of :func:`matmul`. What is
+        kept of the scales is read anew, on CuPy's current stream.
+        """
+        with self.writes.writing():
+            self._refresh_factors()
 
     def _refresh_factors(self) -> None:
         """In the same memory, since launches in graphs read it."""
         if self.range_factors is not None:
             with _on(self.device):
                 self.range_factors[...] = self.layout.range_factors(self._native)
+
+    def __reduce__(self) -> tuple[type[QuantizedTensor], tuple[Spec, Array]]:
+        # Copies and pickles are made by the constructor: an address and loaded kernels do not travel.
+        return QuantizedTensor, (self.spec, self.packed)
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write a safetensors file with one uint8 tensor "packed" and the description as metadata.

@@ -24,8 +24,8 @@ import marlin_cupy as mc
 from marlin_cupy import frameworks
 from marlin_cupy.device import gpu
 from marlin_cupy.kernels import Problem, sm80_gemm, sm90_stream
-from marlin_cupy.kernels.sm80_gemm import Sm80Plan
-from marlin_cupy.kernels.sm90_stream import StreamPlan
+from marlin_cupy.kernels.sm80_gemm import Sm80Plan, Tiling
+from marlin_cupy.kernels.sm90_stream import StreamPlan, Streams
 
 #: (K, N): edges in both directions; and enough steps for blocks to share a tile.
 SHAPES = ((75, 70), (1100, 200))
@@ -46,13 +46,12 @@ def to_host(array: cupy.ndarray) -> np.ndarray:
 def plans(format: str, dtype: str, w: mc.QuantizedTensor, only_every: int) -> Iterator[Sm80Plan]:
     """Every configuration for its own M and for one row more than a tile, tiles whole and shared in several ways."""
     found = [
-        (largest_m, candidate)
-        for largest_m in sm80_gemm.CANDIDATES
-        for candidate in sm80_gemm.candidates(largest_m, w.layout, gpu())
+        (largest_m, rated) for largest_m in sm80_gemm.CONFIGS for rated in sm80_gemm.configs(largest_m, w.layout, gpu())
     ]
-    for largest_m, candidate in found[::only_every]:
-        for M in (max(1, largest_m - 3), candidate.config.tokens + 1):
-            plan = Sm80Plan.make(candidate, Problem(M, dtype, w.spec, gpu()))
+    for largest_m, rated in found[::only_every]:
+        for M in (max(1, largest_m - 3), rated.config.tokens + 1):
+            grid = sm80_gemm.grids(rated, M, w.layout, gpu())[0][1]
+            plan = Sm80Plan.make(Tiling(rated.config, grid), Problem(M, dtype, w.spec, gpu()))
             steps = plan.grid.tiles * plan.grid.steps
             for blocks in sorted({plan.grid.tiles, max(1, 2 * steps // 3), steps}):
                 yield dataclasses.replace(plan, grid=dataclasses.replace(plan.grid, blocks=blocks))
@@ -61,12 +60,12 @@ def plans(format: str, dtype: str, w: mc.QuantizedTensor, only_every: int) -> It
 def stream_plans(dtype: str, w: mc.QuantizedTensor) -> Iterator[StreamPlan]:
     """Every configuration, for one row and for one less than it takes, with all tiles in one cluster and in several."""
     for largest_m in (8, 16):
-        for config in sm90_stream.configs(largest_m, w.layout, gpu()).values():
+        for config in sm90_stream.configs(largest_m, w.layout, gpu()):
             for M in (1, largest_m - 1):
                 problem = Problem(M, dtype, w.spec, gpu())
                 if sm90_stream.KERNEL.refuses(problem) is None:
                     for clusters in sorted({1, w.layout.packed_shape[0]}):
-                        yield StreamPlan.make(config, clusters, problem)
+                        yield StreamPlan.make(Streams(config, clusters), problem)
 
 
 def check_plans(format: str, dtype: str, only_every: int) -> tuple[int, int]:
@@ -79,10 +78,15 @@ def check_plans(format: str, dtype: str, only_every: int) -> tuple[int, int]:
         exact = Product(*(part.astype(np.float64) for part in (x, on_host.dequantize("float32"), bias)))
         for plan in (*plans(format, dtype, w, only_every), *stream_plans(dtype, w)):
             x_gpu, bias_gpu = to_gpu(x[: plan.m]), to_gpu(bias)
-            out = cupy.asarray(np.full((plan.m, N), _NAN, np.uint16)).view(DTYPES[dtype])
-            plan.multiply(frameworks.of(x_gpu), x_gpu, w, bias_gpu, out)
-            exact.check(to_host(out).astype(np.float64), dtype, format, gpu=True, case=f"{format} {dtype} {plan}")
-            launches[plan.config.cluster > 1 if isinstance(plan, StreamPlan) else plan.grid.is_cut] += 1
+            for dependent in (False, True) if isinstance(plan, StreamPlan) else (False,):
+                out = cupy.asarray(np.full((plan.m, N), _NAN, np.uint16)).view(DTYPES[dtype])
+                plan.multiply(frameworks.of(x_gpu), x_gpu, w, bias_gpu, out, False)
+                if dependent:  # behind a launch, which it can overlap with
+                    plan.multiply(frameworks.of(x_gpu), x_gpu, w, bias_gpu, out, True)
+                    plan.multiply(frameworks.of(x_gpu), x_gpu, w, bias_gpu, out, True)
+                case = f"{format} {dtype} {plan}, dependent={dependent}"
+                exact.check(to_host(out).astype(np.float64), dtype, format, gpu=True, case=case)
+                launches[plan.config.cluster > 1 if isinstance(plan, StreamPlan) else plan.grid.is_cut] += 1
     return launches[0], launches[1]
 
 

@@ -16,8 +16,10 @@ from typing import Any
 
 import numpy as np
 import pytest
+from cases import GPUS
 from rich.console import Console
 
+from marlin_cupy import timing
 from marlin_cupy.bench import (
     compile_times,
     contenders,
@@ -27,15 +29,14 @@ from marlin_cupy.bench import (
     report,
     run,
     shapes,
-    timing,
 )
 from marlin_cupy.bench.contenders import CUBLAS, FLOOR, HUMMING, OURS, TINYGEMM, Contender, Setup, UnavailableError
+from marlin_cupy.bench.read_floor_bulk import BulkShape
 from marlin_cupy.bench.report import Report, Row
 from marlin_cupy.bench.shapes import Shape
-from marlin_cupy.bench.timing import Replay, Run, Sampling
 from marlin_cupy.device import Gpu
 from marlin_cupy.jit import compile as nvrtc
-from marlin_cupy.jit.launch import Function
+from marlin_cupy.timing import Replay, Run, Sampling
 
 ARCHS = ("sm_80", "sm_86", "sm_89", "sm_90a", "sm_100a", "sm_120a")
 L2 = 60 << 20  # of an H200
@@ -238,15 +239,16 @@ class FakeContender(Contender):
     def refuses(self, m: int) -> str | None:
         return self._reason
 
-    def details(self, m: int) -> tuple[str, str]:
+    def details(self, m: int, dependent: bool) -> tuple[str, str]:
         return "kernel of " + self.name, f"M = {m}"
 
-    def run(self, m: int) -> Run:
+    def run(self, m: int, dependent: bool) -> Run:
+        self.dependent = dependent
         return self._run
 
 
-def measure_cell(*fakes: FakeContender) -> Row:
-    return run._cell(SETUP, 16, fakes, {TINYGEMM: "PyTorch is not installed"}, fake_timer, BRIEF)
+def measure_cell(*fakes: FakeContender, launch: str = "plain") -> Row:
+    return run._cell(SETUP, 16, launch, fakes, {TINYGEMM: "PyTorch is not installed"}, fake_timer, BRIEF)
 
 
 def test_a_cell_has_times_errors_and_reasons() -> None:
@@ -270,6 +272,13 @@ def test_a_cell_has_times_errors_and_reasons() -> None:
     assert not row.cold
 
 
+@pytest.mark.parametrize(("launch", "dependent"), [("plain", False), ("dependent", True)])
+def test_a_row_says_how_its_contenders_were_launched(launch: str, dependent: bool) -> None:
+    fakes = FakeContender(OURS, 2e-4), FakeContender(FLOOR, None)
+    assert measure_cell(*fakes, launch=launch).launch == launch
+    assert [fake.dependent for fake in fakes] == [dependent] * 2
+
+
 @pytest.mark.parametrize("error", [2e-3, math.nan, math.inf])
 @pytest.mark.parametrize("wrong", [OURS, CUBLAS])
 def test_a_failed_check_takes_the_time_away(wrong: str, error: float) -> None:
@@ -289,7 +298,12 @@ def test_a_failure_of_ours_is_no_footnote() -> None:
 
 @pytest.mark.parametrize("arch", ARCHS)
 def test_the_read_floor_builds_and_keeps_its_loads_in_registers(arch: str) -> None:
-    for source in sorted({read_floor.kernel_source(shape) for shape in read_floor.CANDIDATES}):
+    gpu = GPUS[arch]
+    served = [shape for shape in read_floor.CANDIDATES if shape.serves(gpu)]
+    assert any(isinstance(shape, BulkShape) for shape in served) == (arch not in ("sm_80", "sm_86", "sm_89"))
+    assert all(shape.shared_bytes(gpu) <= gpu.shared_per_block for shape in served)
+    assert len(set(map(str, served))) == len(served)
+    for source in sorted({read_floor.kernel_source(shape) for shape in served}):
         build = nvrtc.compile(source, arch)
         assert build.spill_bytes == 0
         assert build.registers * 16 < 1024  # no launch shape asks for more than 1024 threads per SM and 64 registers
@@ -367,6 +381,12 @@ def test_formats_have_a_table_each() -> None:
     assert "nf4, group size 64, float16" in text
 
 
+def test_dependent_launches_have_a_table_of_their_own() -> None:
+    text = shown(Report({}, [row(), row(launch="dependent"), row(m=2), row(m=2, launch="dependent")]))
+    assert text.count("int4, group size 128, float16, microseconds") == 2
+    assert text.count("microseconds, dependent") == 1
+
+
 def test_results_survive_the_file(tmp_path: Path) -> None:
     found = full_report()
     found.save(tmp_path / "new" / "bench.json")
@@ -413,8 +433,9 @@ def test_other_files_are_refused(text: str, tmp_path: Path) -> None:
         [row(us={OURS: 5.0, FLOOR: 4.0})],
         [row(us={}, spread={}, wrong=[OURS])],
         [row(m=m, format=format) for m in (1, 16) for format in ("int4", "nf4")],
+        [row(m=m, launch=launch) for m in (1, 16) for launch in ("plain", "dependent")],
     ],
-    ids=["full", "one cell", "no peers", "no times", "two formats"],
+    ids=["full", "one cell", "no peers", "no times", "two formats", "two launches"],
 )
 def test_plots_are_written(rows: list[Row], tmp_path: Path) -> None:
     found = Report({}, rows)
@@ -487,88 +508,6 @@ def test_what_was_measured_is_kept_when_the_run_is_interrupted(
         raise KeyboardInterrupt
     assert "8b_o" in capsys.readouterr().out
     assert Report.load(tmp_path / "bench.json") == found
-
-
-# ---- host overhead
-
-
-def test_launches_are_recorded_with_their_arguments(monkeypatch: pytest.MonkeyPatch) -> None:
-    log: list[tuple[Any, ...]] = []
-    monkeypatch.setattr(Function, "launch", lambda self, *arguments: log.append(arguments))
-    function = object.__new__(Function)
-
-    def call() -> None:
-        function.launch(4, 256, 7, "arguments")
-        function.launch(1, 32, 7, "more")
-
-    repeat = host_overhead.record_launches(call)
-    assert len(log) == 2
-    repeat()
-    assert log[2:] == [(4, 256, 7, "arguments"), (1, 32, 7, "more")]
-
-
-def test_a_call_without_a_launch_is_an_error() -> None:
-    with pytest.raises(RuntimeError, match="no kernel"):
-        host_overhead.record_launches(lambda: None)
-
-
-def test_host_time_is_per_call_and_without_the_waits() -> None:
-    now, calls = 0.0, 0
-
-    def call() -> None:
-        nonlocal now, calls
-        now += 2e-6
-        calls += 1
-
-    def synchronize() -> None:
-        nonlocal now
-        now += 1.0
-
-    found = host_overhead.per_call_us(call, synchronize, calls=1200, clock=lambda: now)
-    assert found == pytest.approx(2.0)
-    assert calls == 200 + 7 * 1200
-
-
-def test_host_overhead_table() -> None:
-    output = io.StringIO()
-    rows = [host_overhead.Overhead("cupy", "matmul(x, w)", 9.5, 2.25)]
-    host_overhead.show(rows, {"jax": "ImportError: no jax"}, Console(file=output, width=report.WIDTH))
-    assert "7.25" in output.getvalue()
-    assert "without jax: ImportError: no jax" in output.getvalue()
-
-
-# ---- compile times
-
-
-def test_parts_of_a_first_call_are_added_up() -> None:
-    spent = {"nvrtc": 0.0}
-    timed = compile_times._timed(lambda a, b: a + b, spent, "nvrtc")
-    assert timed(1, b=2) == 3
-    first = spent["nvrtc"]
-    assert first > 0
-    timed(1, 2)
-    assert spent["nvrtc"] > first
-
-
-def test_each_measurement_starts_from_an_empty_cache(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("MARLIN_CUPY_BUNDLE_DIR", "/somewhere")
-    folders: list[str] = []
-
-    def probe(format: str, dtype: str, m: int, environment: dict[str, str]) -> compile_times.FirstCall:
-        assert "MARLIN_CUPY_BUNDLE_DIR" not in environment
-        folder = Path(environment["MARLIN_CUPY_CACHE_DIR"])
-        folders.append(str(folder))
-        was_empty = not list(folder.iterdir())
-        (folder / "entry").touch()
-        return compile_times.FirstCall(900.0 if was_empty else 30.0, 0.0, 0.0, "kernel", "config")
-
-    monkeypatch.setattr(compile_times, "_probe", probe)
-    found = [compile_times.measure("int4", "float16", m) for m in (1, 16)]
-    assert [(time.cold.total_ms, time.warm.total_ms) for time in found] == [(900.0, 30.0)] * 2
-    assert folders[0] == folders[1] != folders[2] == folders[3]
-    output = io.StringIO()
-    compile_times.show(found, Console(file=output, width=report.WIDTH))
-    assert "900.0" in output.getvalue()
 
 
 # ---- a whole run, with NumPy in the place of CuPy and the CPU in the place of the GPU
@@ -647,7 +586,7 @@ def host(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(contenders, "_normal", lambda: normal)
     monkeypatch.setattr(contenders, "matmul", on_stream(contenders.matmul))
     monkeypatch.setattr(contenders, "cublas_missing", lambda: None)
-    monkeypatch.setattr(contenders.read_floor, "fastest", lambda gpu, buffers, stream, time: HostReader())
+    monkeypatch.setattr(contenders.read_floor, "fastest", lambda gpu, buffers, stream, time, dependent: HostReader())
     monkeypatch.setattr(run, "gpu_count", lambda: 1)
     monkeypatch.setattr(run, "gpu", lambda index: dataclasses.replace(GPU, l2_bytes=1 << 10))
     monkeypatch.setattr(report, "gpu", lambda index: GPU)
@@ -689,9 +628,28 @@ def test_a_run_from_weights_to_files(
     assert "wrote" in capsys.readouterr().out
 
 
+def test_cells_without_dependent_launches_have_no_such_row(host: None, tmp_path: Path) -> None:
+    seen: list[bool] = []
+    multiply = contenders.matmul
+
+    def spy(*arguments: Any, dependent: bool) -> None:
+        seen.append(dependent)
+        multiply(*arguments, dependent=dependent)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(contenders, "matmul", spy)
+        for launches in (["dependent"], ["plain", "dependent"]):
+            run.run([("small", 128, 64)], [1], None, None, "float16", tmp_path, True, launches)
+    assert [row.launch for row in Report.load(tmp_path / "bench.json").rows] == ["plain"]  # of the second run
+    assert seen
+    assert not any(seen)
+    with pytest.raises(ValueError, match="launch is early; use plain or dependent"):
+        run.run([("small", 128, 64)], [1], None, None, "float16", None, True, ["early"])
+
+
 def test_a_result_that_is_not_written_is_wrong(
     host: None, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(contenders, "matmul", lambda x, w, bias, out: None)
+    monkeypatch.setattr(contenders, "matmul", lambda x, w, bias, out, dependent: None)
     assert run.run([("small", 128, 64)], [1], None, None, "float16", None, True) == 1
     assert "WRONG: marlin_cupy on small, M = 1, int4: relative error nan." in capsys.readouterr().out

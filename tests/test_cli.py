@@ -147,6 +147,26 @@ def test_compile_takes_several_architectures(tmp_path: Path) -> None:
     assert all("nf4-g32-bfloat16" in entry for entry in entries)
 
 
+# ---- tune
+
+
+def test_tune_without_a_gpu_is_one_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cli, "gpu_count", lambda: 0)
+    output = run("tune", "--shape", "qkv=4096x6144", "--m", "1", code=1)
+    assert output == "Tuning needs a CUDA GPU that CuPy can use, and this machine has none.\n"
+
+
+def test_tune_shows_every_candidate(capsys: pytest.CaptureFixture[str]) -> None:
+    fast = mc.TunedCandidate("sm80_gemm", "64 x 8 tile", 5.0, 4.25, None)
+    slow = mc.TunedCandidate("sm90_stream", "8 warps", 4.0, 6.5, None)
+    wrong = mc.TunedCandidate("sm90_stream", "4 warps", 4.5, None, "off by [much]")
+    rows = (mc.TunedRows(16, 3.5, (fast, slow, wrong), slow),)
+    cli._show_tuning("qkv", mc.Tuning("int4 4096 x 6144 on a GPU", rows, "a file"))
+    output = capsys.readouterr().out
+    for text in ("4.25", "6.50", "3.50", "(chosen)", "(used before)", "off by [much]", "kept in a file"):
+        assert text in output
+
+
 # ---- bench
 
 
@@ -161,8 +181,10 @@ def test_bench_hands_its_options_on(monkeypatch: pytest.MonkeyPatch, tmp_path: P
     monkeypatch.setattr(stub, "run", record, raising=False)
     monkeypatch.setitem(sys.modules, "marlin_cupy.bench.run", stub)
     options = ["--m", "1", "--m", "16", "--format", "nf4", "--group-size", "64", "--dtype", "bfloat16", "--quick"]
+    options += ["--launch", "plain", "--launch", "dependent"]
     run("bench", "--shape", "qkv=4096x6144", "--shape", "o=64x96", *options, "--output", tmp_path, code=7)
-    assert calls == [([("qkv", 4096, 6144), ("o", 64, 96)], [1, 16], ["nf4"], 64, "bfloat16", Path(tmp_path), True)]
+    layers, launches = [("qkv", 4096, 6144), ("o", 64, 96)], ["plain", "dependent"]
+    assert calls == [(layers, [1, 16], ["nf4"], 64, "bfloat16", Path(tmp_path), True, launches)]
 
 
 def test_bench_names_its_extra(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -186,6 +208,9 @@ REFUSALS = {
     "compile --arch sm_80 --dtype float32 --output {tmp}/new": "'float32'; use float16 or bfloat16",
     "compile --arch sm_80 --group-size 20 --output {tmp}/new": "group_size is 20",
     "compile --arch sm_80 --output {tmp}/file": "file",
+    "tune --shape 4096x6144 --m 1": "shape is '4096x6144'; use NAME=KxN",
+    "tune --shape a=64x64 --m 1 --format int3": "unknown format 'int3'",
+    "tune --shape a=64x64 --m 1 --dtype float32": "dtype is 'float32'",
     "bench --shape 4096x6144": "shape is '4096x6144'; use NAME=KxN",
     "bench --shape a=0x64": "shape is 'a=0x64'",
     "bench --format int3": "unknown format 'int3'",
@@ -212,7 +237,10 @@ def test_compile_needs_an_nvrtc_that_knows_the_architecture(monkeypatch: pytest.
     assert "cannot build for sm_120a." in output
 
 
-@pytest.mark.parametrize("command", ["demo --m 0", "demo --k x", "compile --arch sm_80", "unknown"])
+@pytest.mark.parametrize(
+    "command",
+    ["demo --m 0", "demo --k x", "tune --m 1", "tune --shape a=64x64 --m 0", "compile --arch sm_80", "unknown"],
+)
 def test_bad_usage_is_refused(command: str) -> None:
     assert "Usage: " in run(*command.split(), code=2)
 

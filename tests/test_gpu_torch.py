@@ -273,6 +273,31 @@ def test_replay_beside_eager_launches_and_another_graph(torch: ModuleType) -> No
     assert all(same(torch, y, expected) for ys in replayed for y in ys)
 
 
+def test_a_graph_of_dependent_launches_is_behind_an_update(torch: ModuleType) -> None:
+    values = [torch.from_numpy(gaussian(2048, 2048, seed=seed)).cuda() / 45 for seed in (1, 2)]
+    versions = [mc.quantize(each) for each in values]
+    w = mc.quantize(values[0])
+    x = to_torch(torch, activations(8, 2048, "float16")).clone()
+
+    def layers(w: Any, dependent: bool = True) -> Any:
+        y = mc.matmul(x, w, dependent=dependent)
+        for _ in range(5):
+            y = mc.matmul(y, w, dependent=dependent)
+        return y
+
+    expected = [layers(version, dependent=False) for version in versions]
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        y = layers(w)
+    for turn in range(40):
+        w.update_(values[turn % 2])
+        if turn % 3 == 0:
+            assert same(torch, layers(w), expected[turn % 2])
+        y.fill_(float("nan"))
+        graph.replay()
+        assert same(torch, y, expected[turn % 2])
+
+
 # ---- refusals
 
 

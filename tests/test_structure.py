@@ -24,12 +24,14 @@ CUDA = source_root()
 ROWS = (
     ("errors",),
     ("device",),
-    ("frameworks", "formats"),
+    ("frameworks", "formats", "timing", "progress", "writes"),
     ("layout",),
     ("tensor",),
     ("jit",),
     ("kernels",),
     ("api",),
+    ("tuning",),
+    ("warming",),
     ("__init__",),
     ("bench", "quantizers", "checkpoints", "integrations"),
     ("__main__",),
@@ -269,7 +271,7 @@ def test_the_public_api_is_documented_and_typed(name: str) -> None:
         assert signature.return_annotation is not signature.empty
 
 
-@pytest.mark.parametrize("name", ["quantize", "matmul", "pack", "load", "explain"])
+@pytest.mark.parametrize("name", ["quantize", "matmul", "pack", "load", "explain", "tune", "warmup"])
 def test_functions_say_what_they_take_and_refuse(name: str) -> None:
     doc = inspect.getdoc(getattr(mc, name)) or ""
     assert "Args:" in doc

@@ -6,6 +6,7 @@
 //   buffer  | t0 t1 ... | t0 t1 ... | t0 t1 ... | ...  neighbouring threads read neighbouring 16 bytes
 //             load 0      load 1      load 0           all loads of a chunk are issued before the first is used
 #pragma once
+#include "ptx/dependent_launch.cuh"
 #include "ptx/types.cuh"
 
 struct Args {
@@ -25,6 +26,7 @@ __device__ inline Vec4 load_streaming(const Vec4* address) {
 
 extern "C" __global__ void __launch_bounds__(THREADS) read_floor(const __grid_constant__ Args args) {
     constexpr int CHUNK = THREADS * LOADS;
+    allow_next_kernel();
     u32 seen = 0;
     for (i64 chunk = static_cast<i64>(blockIdx.x) * CHUNK; chunk < args.count; chunk += static_cast<i64>(gridDim.x) * CHUNK) {
         const Vec4* const mine = args.data + chunk + threadIdx.x;
@@ -42,5 +44,6 @@ extern "C" __global__ void __launch_bounds__(THREADS) read_floor(const __grid_co
         for (int load = 0; load < LOADS; ++load)
             seen ^= words[load].word[0] ^ words[load].word[1] ^ words[load].word[2] ^ words[load].word[3];
     }
+    wait_for_previous_kernel();
     if (args.sink != nullptr) args.sink[threadIdx.x] = seen;
 }

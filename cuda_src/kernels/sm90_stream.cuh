@@ -10,6 +10,9 @@
 // 64 outputs ends. Then the warps add up through shared memory, and the blocks of a cluster, each with a share of K,
 // through each other's shared memory, both in a fixed order. Copies for the next tile are under way meanwhile.
 //
+// The kernel ahead in the stream may still run when this one starts (ptx/dependent_launch.cuh). It does not write weights,
+// the host sees to that, so the rings' first slabs are under way before the wait; x, bias and y are touched after it.
+//
 // Against sm80_gemm this changes several things at once: bulk copies that leave L2 first, rings without a block barrier
 // (24 slabs an SM, 100 KB of int4), sums exchanged in the cluster. What each is worth was not measured apart.
 //
@@ -19,6 +22,7 @@
 #include "mainloop/warp_tile.cuh"
 #include "ptx/bulk_copy.cuh"
 #include "ptx/cluster.cuh"
+#include "ptx/dependent_launch.cuh"
 
 struct Args {
     const u8* weight;
@@ -41,6 +45,17 @@ struct Tile : Config {
     static constexpr int rows = SLAB_N;
     static constexpr int tokens = 8 * Config::token_tiles;
     static constexpr int k = SLAB_K;
+};
+
+// Where a warp is on its way through its slabs: a share of K of one tile, then the same of the next tile.
+struct Walk {
+    int tile, slab, left;
+
+    __device__ void advance(int k_begin, int k_end, int clusters) {
+        --left;
+        slab += Tile::warps_k;
+        if (slab >= k_end) slab = k_begin, tile += clusters;
+    }
 };
 
 // The x of one slab, by one warp: half a warp copies a token.
@@ -79,6 +94,7 @@ extern "C" __global__ void __cluster_dims__(Config::cluster) __launch_bounds__(T
     static_assert(Decoder::table_bytes + ring_bytes + barrier_bytes + Output::bytes + share_bytes == SHARED_BYTES,
                   "the host twin reserves this much");
 
+    allow_next_kernel();
     extern __shared__ __align__(128) u8 shared[];
     const u32 table = shared_address(shared);
     const int warp = threadIdx.x / WARP, lane = threadIdx.x % WARP;
@@ -97,30 +113,36 @@ extern "C" __global__ void __cluster_dims__(Config::cluster) __launch_bounds__(T
     const int tiles = (args.slabs_n - first_tile + clusters - 1) / clusters;
     const u64 policy = policy_evict_first();
 
-    int next_tile = first_tile, next_slab = k_begin, left = tiles * per_tile;
-    auto fill = [&](int slot) {
-        if (left > 0) {
-            --left;
-            const u32 stage = ring + slot * Place::bytes;
-            const u8* source = args.weight + (static_cast<i64>(next_tile) * args.slabs_k + next_slab) * Packed::slab_bytes;
-            if (lane == 0) {
-                barrier_expect(barriers + 8 * slot, Packed::slab_bytes);
-                copy_bulk(stage, source, Packed::slab_bytes, barriers + 8 * slot, policy);
-            }
-            copy_tokens<Place>(args, stage, next_slab);
-            next_slab += Tile::warps_k;
-            if (next_slab >= k_end) next_slab = k_begin, next_tile += clusters;
+    auto copy_weights = [&](int slot, const Walk& at) {
+        const u8* source = args.weight + (static_cast<i64>(at.tile) * args.slabs_k + at.slab) * Packed::slab_bytes;
+        if (lane == 0 && at.left > 0) {
+            barrier_expect(barriers + 8 * slot, Packed::slab_bytes);
+            copy_bulk(ring + slot * Place::bytes, source, Packed::slab_bytes, barriers + 8 * slot, policy);
         }
-        copy_commit();
+    };
+    auto copy_x = [&](int slot, const Walk& at) {
+        if (at.left > 0) copy_tokens<Place>(args, ring + slot * Place::bytes, at.slab);
+        copy_commit();  // a group for each slot, also an empty one: copy_wait counts groups
     };
     if (lane == 0) {
         for (int slot = 0; slot < Config::slots; ++slot) barrier_init(barriers + 8 * slot, 1);
         barrier_init_fence();
     }
     __syncwarp();
-    for (int slot = 0; slot < Config::slots; ++slot) fill(slot);
+    Walk next = {first_tile, k_begin, tiles * per_tile};
+    Walk ahead = next;
+    for (int slot = 0; slot < Config::slots; ++slot) {
+        copy_weights(slot, ahead);
+        ahead.advance(k_begin, k_end, clusters);
+    }
     Decoder::fill_table(table, threadIdx.x, Tile::threads);
     if (Decoder::table_bytes) __syncthreads();
+
+    wait_for_previous_kernel();
+    for (int slot = 0; slot < Config::slots; ++slot) {
+        copy_x(slot, next);
+        next.advance(k_begin, k_end, clusters);
+    }
 
     WarpTile<Tile, Packed, Decoder, Activation, Scale, GRANULE> work;
     int slot = 0;
@@ -134,7 +156,9 @@ extern "C" __global__ void __cluster_dims__(Config::cluster) __launch_bounds__(T
             const u32 stage = ring + slot * Place::bytes;
             work.step(stage, table, 0, 0, 0, [] {});
             __syncwarp();
-            fill(slot);
+            copy_weights(slot, next);
+            copy_x(slot, next);
+            next.advance(k_begin, k_end, clusters);
             if (++slot == Config::slots) slot = 0, parity ^= 1;
         }
 

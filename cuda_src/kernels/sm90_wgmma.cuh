@@ -446,7 +446,7 @@ private:
     }
 };
 
-extern "C" __global__ void __cluster_dims__(Config::cluster) __launch_bounds__(Tile::threads, 1)
+extern "C" __global__ void __cluster_dims__(Config::cluster) __launch_bounds__(Tile::threads, Config::blocks_per_sm)
     gemm(const __grid_constant__ Args args) {
     extern __shared__ __align__(1024) u8 memory[];
     const u32 shared = shared_address(memory);

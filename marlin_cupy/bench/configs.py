@@ -1,6 +1,6 @@
-"""The speed of every configuration of the portable kernel on a large layer: the table that it chooses by.
+"""The speed of every tile of the portable kernel on a large layer, to fit the table by which it predicts.
 
-Prints nanoseconds of one SM per slab, to be copied to ``CANDIDATES`` in ``kernels/sm80_gemm.py``::
+Prints nanoseconds of one SM per slab, launch included, beside those of ``CONFIGS`` in ``kernels/sm80_gemm.py``::
 
     python -m marlin_cupy.bench.configs
 """
@@ -18,15 +18,15 @@ from marlin_cupy import frameworks
 from marlin_cupy.bench.contenders import Ours, Setup, fill_normal
 from marlin_cupy.bench.run import NO_GPU
 from marlin_cupy.bench.shapes import Shape
-from marlin_cupy.bench.timing import CupyRun, EventTimer, Sampling, interleave, prepare
 from marlin_cupy.device import gpu, gpu_count, import_cupy
 from marlin_cupy.kernels import Problem, sm80_gemm
+from marlin_cupy.timing import CupyRun, EventTimer, Sampling, interleave, prepare
 
 LAYER = Shape("70b_gate_up", 8192, 57344)
 
 
-def measure() -> list[tuple[int, sm80_gemm.Candidate, float]]:
-    """(M, candidate, nanoseconds of one SM per slab) for every candidate, those of one M in turns."""
+def measure() -> list[tuple[int, sm80_gemm.RatedConfig, float]]:
+    """(M, tile, nanoseconds of one SM per slab) for every tile, those of one M in turns."""
     cupy = import_cupy("the benchmark")
     properties, results = gpu(0), []
     with cupy.cuda.Stream(non_blocking=True) as stream:
@@ -34,15 +34,17 @@ def measure() -> list[tuple[int, sm80_gemm.Candidate, float]]:
         weights = Ours(setup).weights
         slabs_n, slabs_k, _ = weights[0].layout.packed_shape
         time, sampling = EventTimer(stream), Sampling(sample_ms=12.0, samples=9)
-        for m in sm80_gemm.CANDIDATES:
+        for m in sm80_gemm.CONFIGS:
             x = cupy.empty((m, LAYER.K), dtype=cupy.float16)
             fill_normal(x, "float16", 1.0)
             y = cupy.empty((m, LAYER.N), dtype=cupy.float16)
-            found = sm80_gemm.candidates(m, weights[0].layout, properties)
+            found = sm80_gemm.configs(m, weights[0].layout, properties)
             graphs = {}
-            for number, candidate in enumerate(found):
-                plan = sm80_gemm.Sm80Plan.make(candidate, Problem(m, "float16", weights[0].spec, properties))
-                steps = [functools.partial(plan.multiply, frameworks.of(x), x, w, None, y) for w in weights]
+            for number, rated in enumerate(found):
+                grid = sm80_gemm.grids(rated, m, weights[0].layout, properties)[0][1]
+                tiling = sm80_gemm.Tiling(rated.config, grid)
+                plan = sm80_gemm.Sm80Plan.make(tiling, Problem(m, "float16", weights[0].spec, properties))
+                steps = [functools.partial(plan.multiply, frameworks.of(x), x, w, None, y, False) for w in weights]
                 graphs[str(number)] = prepare(CupyRun(stream, steps, None), time, sampling)
             for index, summary in interleave(graphs, time, sampling).items():
                 slab_ns = 1e3 * summary.median * properties.sm_count / (slabs_n * slabs_k)
@@ -57,8 +59,8 @@ def main() -> int:
         print(NO_GPU)
         return 1
     table = Table("M", "configuration", "slab ns", "in the table")
-    for m, candidate, slab_ns in measure():
-        table.add_row(str(m), str(candidate.config), f"{slab_ns:.0f}", f"{candidate.slab_ns:g}")
+    for m, rated, slab_ns in measure():
+        table.add_row(str(m), str(rated.config), f"{slab_ns:.0f}", f"{rated.slab_ns:g}")
     Console().print(table)
     return 0
 

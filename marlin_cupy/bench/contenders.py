@@ -16,13 +16,13 @@ from typing import Any
 import ml_dtypes
 import numpy
 
-from marlin_cupy.api import explain, matmul
+from marlin_cupy.api import Explanation, explain, matmul
 from marlin_cupy.bench import read_floor
 from marlin_cupy.bench.shapes import Shape
-from marlin_cupy.bench.timing import CupyRun, EventTimer, Replay, Run, copies, is_cold
 from marlin_cupy.device import Gpu, import_cupy, namespace
 from marlin_cupy.formats.scalars import BFLOAT16, FLOAT16, from_bits, to_bits
 from marlin_cupy.tensor import QuantizedTensor, quantize
+from marlin_cupy.timing import CupyRun, EventTimer, Replay, Run, copies, is_cold
 
 Array = Any  # a CuPy array
 
@@ -74,7 +74,7 @@ class Contender(ABC):
         """Why this contender sits out at M rows; None if it does not."""
         return None
 
-    def details(self, m: int) -> tuple[str, str]:
+    def details(self, m: int, dependent: bool) -> tuple[str, str]:
         """Kernel and configuration at M rows, where they are known."""
         return "", ""
 
@@ -83,8 +83,8 @@ class Contender(ABC):
         return is_cold(self.weight_bytes, self.copies, l2_bytes)
 
     @abstractmethod
-    def run(self, m: int) -> Run:
-        """Ready to launch at M rows."""
+    def run(self, m: int, dependent: bool) -> Run:
+        """Ready to launch at M rows; ``dependent`` is for those who have dependent launches."""
 
 
 class Ours(Contender):
@@ -106,15 +106,22 @@ class Ours(Contender):
         self.tolerance = TOLERANCE[setup.dtype]
         self._setup = setup
 
-    def details(self, m: int) -> tuple[str, str]:
+    def details(self, m: int, dependent: bool) -> tuple[str, str]:
         """From :func:`marlin_cupy.explain`."""
-        found = explain((m, self._setup.shape.K), self._setup.dtype, self.weights[0])
+        found = self._explain(m)
         return found.kernel, found.config
 
-    def run(self, m: int) -> Run:
+    def has_dependent_launch(self, m: int) -> bool:
+        """Whether the kernel for M rows has dependent launches."""
+        return self._explain(m).dependent
+
+    def _explain(self, m: int) -> Explanation:
+        return explain((m, self._setup.shape.K), self._setup.dtype, self.weights[0])
+
+    def run(self, m: int, dependent: bool) -> Run:
         """One launch per weight copy, all with the same x and y."""
         x, y = _activations(self._setup, m)
-        steps = [functools.partial(matmul, x, weight, None, y) for weight in self.weights]
+        steps = [functools.partial(matmul, x, weight, None, y, dependent=dependent) for weight in self.weights]
         return CupyRun(self._setup.stream, steps, functools.partial(_error, self._setup.dtype, x, y, self._dense))
 
     @functools.cached_property
@@ -132,17 +139,23 @@ class ReadFloor(Contender):
     def __init__(self, setup: Setup, ours: Ours) -> None:
         self._buffers = [weight.packed for weight in ours.weights]
         self.weight_bytes, self.copies = ours.weight_bytes, ours.copies
-        self._stream = setup.stream
-        self._reader = read_floor.fastest(setup.gpu, self._buffers, setup.stream, EventTimer(setup.stream))
-        self.description = "a kernel that reads the packed weight with 16-byte loads and does nothing else"
+        self._setup = setup
+        self._readers: dict[bool, read_floor.Reader] = {}
+        self.description = "a kernel that reads the packed weight, with loads or bulk copies, and does nothing else"
 
-    def details(self, m: int) -> tuple[str, str]:
+    def _reader(self, dependent: bool) -> read_floor.Reader:
+        if dependent not in self._readers:
+            gpu, stream = self._setup.gpu, self._setup.stream
+            self._readers[dependent] = read_floor.fastest(gpu, self._buffers, stream, EventTimer(stream), dependent)
+        return self._readers[dependent]
+
+    def details(self, m: int, dependent: bool) -> tuple[str, str]:
         """The launch shape that was fastest."""
-        return self.name, str(self._reader.shape)
+        return self.name, str(self._reader(dependent).shape)
 
-    def run(self, m: int) -> Run:
+    def run(self, m: int, dependent: bool) -> Run:
         """The same for every M."""
-        return self._reader.run(self._buffers, self._stream)
+        return self._reader(dependent).run(self._buffers, self._setup.stream)
 
 
 class CupyCublas(Contender):
@@ -165,7 +178,7 @@ class CupyCublas(Contender):
         self.tolerance = TOLERANCE[setup.dtype]
         self._setup = setup
 
-    def run(self, m: int) -> Run:
+    def run(self, m: int, dependent: bool) -> Run:
         """One GEMM per weight copy."""
         cupy = import_cupy("the benchmark")
         x, y = _activations(self._setup, m)

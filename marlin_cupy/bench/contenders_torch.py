@@ -25,8 +25,8 @@ from marlin_cupy.bench.contenders import (
     Setup,
     UnavailableError,
 )
-from marlin_cupy.bench.timing import Replay, Run, copies
 from marlin_cupy.formats.scalars import BFLOAT16
+from marlin_cupy.timing import Replay, Run, copies
 
 Tensor = Any  # a torch.Tensor
 
@@ -140,7 +140,7 @@ class TorchCublas(Contender):
         self.tolerance = TOLERANCE[setup.dtype]
         self._setup = setup
 
-    def run(self, m: int) -> Run:
+    def run(self, m: int, dependent: bool) -> Run:
         """One GEMM per weight copy."""
         torch, K, N = self._torch, self._setup.shape.K, self._setup.shape.N
         with torch.on_stream():
@@ -210,7 +210,7 @@ class Tinygemm(Contender):
         """Large M: it is made for few rows."""
         return f"above M = {self._MAX_M}, where its time grows with every row" if m > self._MAX_M else None
 
-    def run(self, m: int) -> Run:
+    def run(self, m: int, dependent: bool) -> Run:
         """The op allocates its result; the graph's pool keeps it."""
         torch, group = self._torch, self._setup.group_size
         with torch.on_stream():
@@ -271,11 +271,11 @@ class Humming(Contender):
         self.tolerance = TOLERANCE[setup.dtype]
         self._setup = setup
 
-    def details(self, m: int) -> tuple[str, str]:
+    def details(self, m: int, dependent: bool) -> tuple[str, str]:
         """Its tuning configuration."""
         return self.name, json.dumps(self._choices[m], default=lambda value: value.value)
 
-    def run(self, m: int) -> Run:
+    def run(self, m: int, dependent: bool) -> Run:
         """One forward per weight copy."""
         torch, K, N = self._torch, self._setup.shape.K, self._setup.shape.N
         with torch.on_stream():

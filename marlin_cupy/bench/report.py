@@ -29,6 +29,9 @@ from marlin_cupy.bench.contenders import CUBLAS, FLOOR, HUMMING, OURS, TINYGEMM
 from marlin_cupy.device import gpu, installed
 
 WIDTH = 100
+#: How ours and the floor are launched, as in the results.
+PLAIN, DEPENDENT = "plain", "dependent"
+_MOST_TICKS = 8
 _PEERS = (TINYGEMM, HUMMING)
 _LABELS = {OURS: "ours", FLOOR: "floor", CUBLAS: "cuBLAS"}
 _COLORS = {FLOOR: "#9a9a9a", CUBLAS: "#4c72b0", TINYGEMM: "#dd8452", HUMMING: "#55a868"}
@@ -169,9 +172,11 @@ def _output(arguments: Sequence[str]) -> str | None:
 
 
 def show(report: Report, console: Console) -> None:
-    """One table per format, at most WIDTH wide, then what could not be measured and why."""
-    for (format, group_size, dtype), rows in _groups(report.rows, lambda row: (row.format, row.group_size, row.dtype)):
-        console.print(_table(rows, f"{format}, group size {group_size}, {dtype}, microseconds"))
+    """One table per format and way to launch, at most WIDTH wide, then what could not be measured and why."""
+    tables = _groups(report.rows, lambda row: (row.format, row.group_size, row.dtype, row.launch))
+    for (format, group_size, dtype, launch), rows in tables:
+        title = f"{format}, group size {group_size}, {dtype}, microseconds"
+        console.print(_table(rows, f"{title}{_launched(launch)}"))
     for line in _footnotes(report):
         console.print(Text(line))
 
@@ -276,16 +281,20 @@ def plot_times(report: Report, path: Path) -> None:
 
 
 def _plot_layer(panel: Axes, rows: Sequence[Row]) -> None:
-    formats = _groups(rows, lambda row: (row.format, row.group_size))
+    formats = _groups(rows, lambda row: (row.format, row.group_size, row.launch))
     several = len(formats) > 1
-    for color, ((format, group_size), ours) in zip(itertools.cycle(_OUR_COLORS), formats, strict=False):
-        label = f"marlin_cupy, {format}, group size {group_size}"
+    for color, ((format, group_size, launch), ours) in zip(itertools.cycle(_OUR_COLORS), formats, strict=False):
+        label = f"marlin_cupy, {format}, group size {group_size}" + _launched(launch)
         _line(panel, ours, OURS, label, color=color, marker="o", linewidth=2.2, zorder=5)
     for name in (FLOOR, CUBLAS, *_PEERS):
         label = {FLOOR: "read floor", CUBLAS: f"cuBLAS {rows[0].dtype}"}.get(name, name)
         dashes = "--" if name == FLOOR else "-"
         first = f" ({formats[0][0][0]})" if several and name != CUBLAS else ""
         _line(panel, formats[0][1], name, label + first, color=_COLORS[name], linestyle=dashes, marker=".")
+
+
+def _launched(launch: str) -> str:
+    return f", {launch}" if launch != PLAIN else ""
 
 
 def _line(panel: Axes, rows: Sequence[Row], name: str, label: str, **style: Any) -> None:
@@ -299,10 +308,10 @@ def plot_speedup(report: Report, path: Path) -> None:
     figure = Figure(figsize=(8.4, 5.0), dpi=120, layout="constrained")
     panel = figure.subplots()
     several = len({row.format for row in report.rows}) > 1
-    for (name, format), rows in _groups(report.rows, lambda row: (row.name, row.format)):
+    for (name, format, launch), rows in _groups(report.rows, lambda row: (row.name, row.format, row.launch)):
         points = sorted((row.M, row.us[CUBLAS] / row.us[OURS]) for row in rows if OURS in row.us and CUBLAS in row.us)
         if points:
-            label = f"{name}, {format}" if several else name
+            label = (f"{name}, {format}" if several else name) + _launched(launch)
             panel.plot(*zip(*points, strict=True), marker=".", label=label, linestyle="-" if "70b" in name else "--")
     panel.axhline(1.0, color="#9a9a9a", linewidth=1)
     _scale(panel, sorted({row.M for row in report.rows}))
@@ -320,9 +329,9 @@ def _title(report: Report) -> str:
 
 
 def _scale(panel: Axes, ms: Sequence[int]) -> None:
-    """M on a logarithmic axis, a tick per value."""
+    """M on a logarithmic axis, a tick per value, or per second value where they would not fit."""
     panel.set_xscale("log", base=2)
-    panel.xaxis.set_major_locator(FixedLocator(ms))
+    panel.xaxis.set_major_locator(FixedLocator(ms if len(ms) <= _MOST_TICKS else ms[::2]))
     panel.xaxis.set_minor_locator(NullLocator())
     panel.xaxis.set_major_formatter(_PLAIN)
     panel.tick_params(labelsize=8)

@@ -25,10 +25,10 @@ from marlin_cupy.bench.contenders import (
     Setup,
     UnavailableError,
 )
-from marlin_cupy.bench.report import Report, Row
+from marlin_cupy.bench.report import DEPENDENT, PLAIN, Report, Row
 from marlin_cupy.bench.shapes import Shape
-from marlin_cupy.bench.timing import QUICK_SAMPLING, EventTimer, Replay, Run, Sampling, Timer, interleave, prepare
 from marlin_cupy.device import gpu, gpu_count, import_cupy
+from marlin_cupy.timing import QUICK_SAMPLING, EventTimer, Replay, Run, Sampling, Timer, interleave, prepare
 
 NO_GPU = "The benchmark needs a CUDA GPU that CuPy can use, and this machine has none."
 _PROTOCOL = (
@@ -46,25 +46,31 @@ def run(
     dtype: str,
     output: Path | None,
     quick: bool,
+    launches: list[str] | None = None,
 ) -> int:
     """Measure, print a table, write files.
 
     Args:
         shapes: (name, K, N) of layers; those of Llama 3 8B and 70B if None.
-        ms: rows of x; eight values from 1 to 2048 if None.
+        ms: rows of x; powers of two from 1 to 4096 if None.
         formats: weight formats; int4 if None.
         group_size: K per scale; the default of each format if None.
         dtype: of activations and scales, "float16" or "bfloat16".
         output: folder for bench.json, bench_times.png and bench_speedup.png, or a path that ends in .json and
             names all three; None writes nothing.
         quick: short samples and no humming; with two layers and three M, which it defaults to, less than a minute.
+        launches: "plain" and "dependent", a row for each; plain if None. In dependent rows our kernel and the read
+            floor are dependent launches, each behind one of its own; cells whose kernel has none are left out.
 
     Returns:
         The exit code: 1 without a GPU or where a check failed, else 0.
 
     Raises:
-        ValueError: a format, shape or group size that does not exist.
+        ValueError: a format, shape, group size or way to launch that does not exist.
     """
+    kinds = list(dict.fromkeys(launches or [PLAIN]))
+    if not set(kinds) <= {PLAIN, DEPENDENT}:
+        raise ValueError(f"launch is {', '.join(kinds)}; use {PLAIN} or {DEPENDENT}.")
     if gpu_count() == 0:
         Console().print(NO_GPU, soft_wrap=True)
         return 1
@@ -88,9 +94,9 @@ def run(
             for name in names:
                 progress.update(task, description=f"{shape.name} {name}: weights")
                 setup = Setup(shape, name, group_sizes[name], dtype, gpu(0), stream)
-                for row in _layer(setup, m_values, sampling, quick, found.header["contenders"]):
-                    found.rows.append(row)
-                    progress.update(task, advance=1, description=f"{shape.name} {name}: M = {row.M}")
+                for m, rows in _layer(setup, m_values, kinds, sampling, quick, found.header["contenders"]):
+                    found.rows.extend(rows)
+                    progress.update(task, advance=1, description=f"{shape.name} {name}: M = {m}")
                 contenders_torch.release_memory()
                 cupy.get_default_memory_pool().free_all_blocks()
     return 1 if any(row.wrong for row in found.rows) else 0
@@ -110,17 +116,23 @@ def _reported(found: Report, output: Path | None) -> Iterator[None]:
 
 
 def _layer(
-    setup: Setup, ms: Sequence[int], sampling: Sampling, quick: bool, descriptions: dict[str, str]
-) -> Iterator[Row]:
-    """The rows of one layer in one format."""
-    contenders, absent = _contenders(setup, ms, quick)
+    setup: Setup,
+    ms: Sequence[int],
+    launches: Sequence[str],
+    sampling: Sampling,
+    quick: bool,
+    descriptions: dict[str, str],
+) -> Iterator[tuple[int, list[Row]]]:
+    """Per M the rows of one layer in one format."""
+    ours, contenders, absent = _contenders(setup, ms, quick)
     descriptions.update({contender.name: contender.description for contender in contenders})
     time = EventTimer(setup.stream)
     for m in ms:
-        yield _cell(setup, m, contenders, absent, time, sampling)
+        kinds = [launch for launch in launches if launch == PLAIN or ours.has_dependent_launch(m)]
+        yield m, [_cell(setup, m, launch, contenders, absent, time, sampling) for launch in kinds]
 
 
-def _contenders(setup: Setup, ms: Sequence[int], quick: bool) -> tuple[list[Contender], dict[str, str]]:
+def _contenders(setup: Setup, ms: Sequence[int], quick: bool) -> tuple[Ours, list[Contender], dict[str, str]]:
     """All that can run on this layer, and for the others the reason why not."""
     ours = Ours(setup)
     found: list[Contender] = [ours, ReadFloor(setup, ours)]
@@ -137,7 +149,7 @@ def _contenders(setup: Setup, ms: Sequence[int], quick: bool) -> tuple[list[Cont
                 found.append(contenders_torch.Humming(setup, ms))
         except Exception as error:  # a peer that fails, however it does, is a line of the report
             absent[name] = _reason(error)
-    return found, absent
+    return ours, found, absent
 
 
 def _cublas(setup: Setup) -> Contender:
@@ -151,12 +163,13 @@ def _cublas(setup: Setup) -> Contender:
 def _cell(
     setup: Setup,
     m: int,
+    launch: str,
     contenders: Sequence[Contender],
     absent: dict[str, str],
     time: Timer,
     sampling: Sampling,
 ) -> Row:
-    """One layer at one M: prepare all contenders, time them in turns, check them."""
+    """One layer at one M, launched one way: prepare all contenders, time them in turns, check them."""
     ours = contenders[0]
     runs: dict[str, tuple[Contender, Run, Replay]] = {}
     skipped = dict(absent)
@@ -164,7 +177,7 @@ def _cell(
         reason = contender.refuses(m)
         if reason is None:
             try:
-                prepared = contender.run(m)
+                prepared = contender.run(m, launch == DEPENDENT)
                 runs[contender.name] = contender, prepared, prepare(prepared, time, sampling)
             except Exception as error:
                 if contender.name in (OURS, FLOOR):
@@ -181,7 +194,7 @@ def _cell(
             errors[name] = distance
             if not distance <= contender.tolerance:  # NaN is wrong too
                 wrong.append(name)
-    details = {name: contender.details(m) for name, (contender, _, _) in runs.items()}
+    details = {name: contender.details(m, launch == DEPENDENT) for name, (contender, _, _) in runs.items()}
     kernel, config = details.pop(OURS)
     return Row(
         K=setup.shape.K,
@@ -191,7 +204,7 @@ def _cell(
         format=setup.format,
         group_size=setup.group_size,
         dtype=setup.dtype,
-        launch="plain",
+        launch=launch,
         us={name: summary.median for name, summary in times.items() if name not in wrong},
         spread={name: [summary.p10, summary.p90] for name, summary in times.items() if name not in wrong},
         error=errors.get(OURS),

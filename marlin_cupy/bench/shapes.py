@@ -33,7 +33,7 @@ LLAMA = (
 #: A small layer, which latency dominates, and a large one, which bandwidth does.
 QUICK = tuple(shape for shape in LLAMA if shape.name in ("8b_o", "70b_down"))
 
-M_VALUES = (1, 8, 16, 32, 64, 128, 512, 2048)
+M_VALUES = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096)
 QUICK_M_VALUES = (1, 16, 64)
 
 

@@ -53,10 +53,15 @@ def read(folder: Path, name: str) -> bytes | None:
 
 def write(folder: Path, name: str, cubin: bytes) -> bool:
     """Store an entry so that a reader sees it whole or not at all; False where the folder cannot be written."""
+    return replace(folder, name, cubin + hashlib.sha256(cubin).digest())
+
+
+def replace(folder: Path, name: str, data: bytes) -> bool:
+    """Write any file of that folder, whole or not at all; False where the folder cannot be written."""
     temporary = folder / f".{name}.{os.getpid()}-{uuid.uuid4().hex}"
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        temporary.write_bytes(cubin + hashlib.sha256(cubin).digest())
+        temporary.write_bytes(data)
         os.replace(temporary, folder / name)
     except OSError:
         with contextlib.suppress(OSError):

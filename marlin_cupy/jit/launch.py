@@ -1,33 +1,48 @@
-"""Loaded kernels and their launch: the context, the argument block, counters that several streams can share."""
+"""Loaded kernels and their launch: plain or dependent, the argument block, counters that several streams can share."""
 
 from __future__ import annotations
 
 import contextlib
 import ctypes
 import functools
+import struct
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Hashable, Iterator
 from typing import Any
 
 from marlin_cupy.device import import_cupy
+from marlin_cupy.errors import DeviceError
 from marlin_cupy.jit.compile import cubin
+from marlin_cupy.writes import Writes
 
 _RELAXED = 2  # CU_STREAM_CAPTURE_MODE_RELAXED
 _PER_THREAD_STREAM = 2  # CU_STREAM_PER_THREAD: one handle, a stream per host thread
+_CAPTURE_NONE, _CAPTURE_ACTIVE = 0, 1  # CU_STREAM_CAPTURE_STATUS_*
+_PROGRAMMATIC_STREAM_SERIALIZATION = 6  # CU_LAUNCH_ATTRIBUTE_*
+#: CUlaunchAttribute: id, padding, a union of 64 bytes, of which this attribute uses an int.
+_ATTRIBUTE = struct.Struct("=i4xi60x")
+#: CUlaunchConfig: grid and block (x, y, z), dynamic shared memory, stream, attributes and their number.
+_CONFIG = struct.Struct("=7I4x2QI4x")
+#: The one attribute of a dependent launch, never changed.
+_DEPENDENT = ctypes.create_string_buffer(_ATTRIBUTE.pack(_PROGRAMMATIC_STREAM_SERIALIZATION, 1), _ATTRIBUTE.size)
 _COUNTERS_PER_CHUNK = 1 << 18
 #: Counters that a launch can use: the largest number of output tiles with stripes that cut tiles.
 MAX_COUNTERS = 4096
 
 
 class Function:
-    """The kernel of a cubin on one GPU."""
+    """The kernel of a cubin on one GPU.
 
-    def __init__(self, image: bytes, device: int, entry: str, shared_bytes: int) -> None:
+    ``most_shared_bytes`` bounds what a launch may ask for; ``shared_bytes`` is what it gets if it does not ask.
+    """
+
+    def __init__(self, image: bytes, device: int, entry: str, shared_bytes: int, most_shared_bytes: int) -> None:
         cupy = import_cupy("launching a kernel")
         from cupy_backends.cuda.api import driver, runtime
 
         self._driver, self._runtime = driver, runtime
+        self._launch_ex, self._attributes = _launch_kernel_ex(), ctypes.addressof(_DEPENDENT)
         self.device = device
         self.shared_bytes = shared_bytes
         with _uncaptured(), cupy.cuda.Device(device):
@@ -35,7 +50,9 @@ class Function:
             self._module.load(image)
             self._function = self._module.get_function(entry)
             driver.funcSetAttribute(
-                self._function.ptr, driver.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES, shared_bytes
+                self._function.ptr,
+                driver.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES,
+                max(shared_bytes, most_shared_bytes),
             )
 
     def blocks_per_sm(self, threads: int) -> int:
@@ -45,39 +62,91 @@ class Function:
                 self._driver.occupancyMaxActiveBlocksPerMultiprocessor(self._function.ptr, threads, self.shared_bytes)
             )
 
-    def launch(self, blocks: int, threads: int, stream: int, arguments: ArgumentBlock) -> None:
-        """Enqueue on ``stream``. ``arguments`` is copied before this returns."""
+    def launch(
+        self,
+        blocks: int,
+        threads: int,
+        stream: int,
+        arguments: ArgumentBlock,
+        dependent: bool = False,
+        shared_bytes: int = 0,
+    ) -> None:
+        """Enqueue on ``stream``. ``arguments`` is copied before this returns.
+
+        Args:
+            blocks, threads: of the grid, of a block.
+            stream: handle.
+            arguments: the kernel's struct.
+            dependent: may start before the kernel ahead has finished; the kernel waits for it where it has to. This is
+                unconditional, :meth:`launch_dependent` knows when it is safe.
+            shared_bytes: dynamic shared memory of a block if not that of the constructor.
+        """
         if self._driver.ctxGetCurrent() == 0 or self._runtime.getDevice() != self.device:
-            self._launch_on_device(blocks, threads, stream, arguments)
+            previous = self._runtime.getDevice()
+            self._runtime.setDevice(self.device)  # binds the primary context to a thread that has none
+            try:
+                self.launch(blocks, threads, stream, arguments, dependent, shared_bytes)
+            finally:
+                self._runtime.setDevice(previous)
+        elif dependent:
+            shared_bytes = shared_bytes or self.shared_bytes
+            config, address, parameters = arguments.dependent
+            _CONFIG.pack_into(config, 0, blocks, 1, 1, threads, 1, 1, shared_bytes, stream, self._attributes, 1)
+            code = self._launch_ex(address, self._function.ptr, parameters, None)
+            if code != 0:
+                raise DeviceError(f"the GPU driver refused a dependent launch: {_error_name(code)}.")
         else:
+            shared_bytes = shared_bytes or self.shared_bytes
             self._driver.launchKernel(
-                self._function.ptr, blocks, 1, 1, threads, 1, 1, self.shared_bytes, stream, arguments.parameters, 0
+                self._function.ptr, blocks, 1, 1, threads, 1, 1, shared_bytes, stream, arguments.parameters, 0
             )
 
-    def _launch_on_device(self, blocks: int, threads: int, stream: int, arguments: ArgumentBlock) -> None:
-        previous = self._runtime.getDevice()
-        self._runtime.setDevice(self.device)  # binds the primary context to a thread that has none
-        try:
-            self._driver.launchKernel(
-                self._function.ptr, blocks, 1, 1, threads, 1, 1, self.shared_bytes, stream, arguments.parameters, 0
-            )
-        finally:
-            self._runtime.setDevice(previous)
+    def launch_dependent(
+        self,
+        writes: Writes,
+        blocks: int,
+        threads: int,
+        stream: int,
+        arguments: ArgumentBlock,
+        shared_bytes: int = 0,
+    ) -> None:
+        """A dependent launch where ``writes`` says that no weight can be read too early, else a plain one.
+
+        ``shared_bytes`` is that of a dependent launch.
+        """
+        past = writes.past  # looked at, and added to below: this very set, see Writes
+        key: Hashable = stream if stream != _PER_THREAD_STREAM else (stream, threading.get_ident())
+        if key in past:
+            self.launch(blocks, threads, stream, arguments, True, shared_bytes)
+            return
+        status, capture = capture_of(stream)
+        if status != _CAPTURE_NONE:
+            key = "capture", capture, key
+        if status == _CAPTURE_ACTIVE and key in past:
+            self.launch(blocks, threads, stream, arguments, True, shared_bytes)
+            return
+        self.launch(blocks, threads, stream, arguments)
+        if status in (_CAPTURE_NONE, _CAPTURE_ACTIVE):
+            past.add(key)  # only now: another thread may launch on this stream, and its launch has to be behind ours
 
 
 class ArgumentBlock(threading.local):
-    """Memory for a kernel's one by-value struct argument, a copy per host thread."""
+    """Memory for a kernel's one by-value struct argument and for the description of its launch, per host thread."""
 
     def __init__(self, size: int) -> None:
         self.data = ctypes.create_string_buffer(size)
         self._pointer = ctypes.c_void_p(ctypes.addressof(self.data))
         self.parameters = ctypes.addressof(self._pointer)
+        config = ctypes.create_string_buffer(_CONFIG.size)
+        self.dependent = config, ctypes.addressof(config), self.parameters  # one look-up in a thread's own storage
 
 
 @functools.cache
-def load(name: str, source: str, arch: str, device: int, entry: str, shared_bytes: int) -> Function:
+def load(
+    name: str, source: str, arch: str, device: int, entry: str, shared_bytes: int, most_shared_bytes: int = 0
+) -> Function:
     """The kernel ``entry`` of ``source``, compiled for ``arch`` unless it was before, loaded on GPU ``device``."""
-    return Function(cubin(name, source, arch), device, entry, shared_bytes)
+    return Function(cubin(name, source, arch), device, entry, shared_bytes, most_shared_bytes)
 
 
 class Counters:
@@ -127,10 +196,38 @@ def counters(device: int) -> Counters:
     return Counters(device)
 
 
+# ---- the driver, for what CuPy does not pass on. With CDLL, which lets other threads run Python meanwhile: a launch
+# into a full queue waits, perhaps for a host callback in Python, and would wait forever if it kept them out.
+
+
 @functools.cache
 def driver_library() -> ctypes.CDLL:
-    """The CUDA driver, for calls that CuPy does not pass on."""
+    """The CUDA driver."""
     return ctypes.CDLL("nvcuda.dll" if sys.platform == "win32" else "libcuda.so.1")
+
+
+@functools.cache
+def _launch_kernel_ex() -> Any:
+    function = driver_library().cuLaunchKernelEx
+    function.argtypes = [ctypes.c_void_p] * 4
+    return function
+
+
+def _error_name(code: int) -> str:
+    name = ctypes.c_char_p()
+    driver_library().cuGetErrorName(code, ctypes.byref(name))
+    return f"{name.value.decode() if name.value else 'unknown error'} ({code})"
+
+
+def capture_of(stream: int) -> tuple[int, int]:
+    """Whether ``stream`` is captured into a graph (CU_STREAM_CAPTURE_STATUS_*, -1 where that cannot be told), and an
+    id of the capture that no other ever has.
+    """
+    status, capture = ctypes.c_int(), ctypes.c_ulonglong()
+    code = driver_library().cuStreamGetCaptureInfo_v2(
+        ctypes.c_void_p(stream), ctypes.byref(status), ctypes.byref(capture), None, None, None
+    )
+    return (int(status.value), int(capture.value)) if code == 0 else (-1, 0)
 
 
 @contextlib.contextmanager

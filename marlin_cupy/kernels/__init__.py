@@ -6,26 +6,51 @@ from collections.abc import Iterator
 
 from marlin_cupy.device import Gpu
 from marlin_cupy.errors import UnsupportedError
-from marlin_cupy.kernels import reference, sm80_gemm, sm90_stream
-from marlin_cupy.kernels.problem import Kernel, Plan, Problem
+from marlin_cupy.kernels import reference, sm80_gemm, sm90_stream, sm90_wgmma, tuned
+from marlin_cupy.kernels.costs import floor_us
+from marlin_cupy.kernels.problem import Candidate, Configuration, Kernel, Plan, Problem
 from marlin_cupy.tensor import Spec
 
-#: In order of preference.
-KERNELS: tuple[Kernel, ...] = (sm90_stream.KERNEL, sm80_gemm.KERNEL, reference.KERNEL)
+#: In no order: the candidate with the least time is used, whosever it is.
+KERNELS: tuple[Kernel, ...] = (sm90_stream.KERNEL, sm90_wgmma.KERNEL, sm80_gemm.KERNEL, reference.KERNEL)
 
 
 def refusals(problem: Problem) -> dict[str, str | None]:
-    """Per kernel, in order of preference: why it does not serve ``problem``, or None."""
+    """Per kernel: why it does not serve ``problem``, or None."""
     return {kernel.name: kernel.refuses(problem) for kernel in KERNELS}
 
 
-def choose(problem: Problem) -> Kernel:
-    """The first kernel that serves ``problem``; UnsupportedError with every reason otherwise."""
-    for kernel in KERNELS:
-        if kernel.refuses(problem) is None:
-            return kernel
-    reasons = "; ".join(f"{name} {reason}" for name, reason in refusals(problem).items())
-    raise UnsupportedError(f"no kernel serves this multiplication: {reasons}.")
+def candidates(problem: Problem) -> list[Candidate]:
+    """What all kernels offer for ``problem``, the least predicted time first; empty where every kernel refuses."""
+    found = [each for kernel in KERNELS if kernel.refuses(problem) is None for each in kernel.candidates(problem)]
+    return sorted(found, key=lambda candidate: candidate.predicted_us)
+
+
+def choose(problem: Problem) -> Candidate:
+    """The candidate with the least time: measured where ``problem`` was tuned, else predicted.
+
+    UnsupportedError with every kernel's reason where there is none.
+    """
+    found = candidates(problem)
+    if not found:
+        reasons = "; ".join(f"{name} {reason}" for name, reason in refusals(problem).items())
+        raise UnsupportedError(f"no kernel serves this multiplication: {reasons}.")
+    us = tuned.times(problem)
+    return min((each for each in found if each.key in us), key=lambda each: us[each.key], default=found[0])
+
+
+def plan(problem: Problem, candidate: Candidate) -> Plan:
+    """A candidate for ``problem``, compiled and loaded."""
+    return _kernel(candidate).plan(problem, candidate)
+
+
+def source(problem: Problem, candidate: Candidate) -> tuple[str, str] | None:
+    """(name, CUDA source) that a candidate for ``problem`` needs; None on the CPU."""
+    return _kernel(candidate).source(problem, candidate)
+
+
+def _kernel(candidate: Candidate) -> Kernel:
+    return next(kernel for kernel in KERNELS if kernel.name == candidate.kernel)
 
 
 def variants(spec: Spec, dtype: str, gpu: Gpu) -> Iterator[tuple[str, str]]:
@@ -34,4 +59,18 @@ def variants(spec: Spec, dtype: str, gpu: Gpu) -> Iterator[tuple[str, str]]:
         yield from kernel.variants(spec, dtype, gpu)
 
 
-__all__ = ["KERNELS", "Kernel", "Plan", "Problem", "choose", "refusals", "variants"]
+__all__ = [
+    "KERNELS",
+    "Candidate",
+    "Configuration",
+    "Kernel",
+    "Plan",
+    "Problem",
+    "candidates",
+    "choose",
+    "floor_us",
+    "plan",
+    "refusals",
+    "source",
+    "variants",
+]

@@ -12,7 +12,9 @@ from marlin_cupy.device import Gpu
 from marlin_cupy.formats.scalars import HALF_DTYPES
 from marlin_cupy.frameworks import Framework, StreamFramework
 from marlin_cupy.jit import launch, source
-from marlin_cupy.kernels.problem import Kernel, Plan, Problem
+from marlin_cupy.kernels.costs import decode_factor, read_us
+from marlin_cupy.kernels.operands import Rows, output
+from marlin_cupy.kernels.problem import Candidate, Configuration, Kernel, Plan, Problem
 from marlin_cupy.layout import HALF_N, SLAB_K, SLAB_N, Layout
 from marlin_cupy.tensor import QuantizedTensor, Spec
 
@@ -77,54 +79,62 @@ class Config:
 
 
 @dataclass(frozen=True)
-class Candidate:
-    """A configuration and its measured speed where it has all the work it wants.
+class RatedConfig:
+    """A tile and its speed where it has all the work it wants.
 
-    ``slab_ns`` is the time one SM takes per slab (64 x 128 weights) of a large layer: K=8192, N=57344, int4,
-    group_size=128, float16, on an H200 (``python -m marlin_cupy.bench.configs``).
+    ``slab_ns`` is the time one SM takes per slab (64 x 128 weights) of int4, group_size=128, float16, on an H200.
     """
 
     config: Config
     slab_ns: float
 
 
+# The times below and the costs after them were fitted together to the rows up to M = 128 of
+# examples/results/h200_portable.json, which they meet within 9 %, and to what had been chosen there by hand among all
+# tiles and grids: that is still predicted to be best, or within 5 % of it. ``python -m marlin_cupy.bench.configs``
+# measures all tiles.
 #: Per largest M served (the last serves every larger M, in several token tiles): what to choose from.
-CANDIDATES: dict[int, tuple[Candidate, ...]] = {
+CONFIGS: dict[int, tuple[RatedConfig, ...]] = {
     8: (
-        Candidate(Config(4, 1, 2, 1, 2, 8, 4, 2), 167),
-        Candidate(Config(4, 1, 1, 1, 4, 8, 4, 2), 178),
-        Candidate(Config(2, 1, 1, 1, 8, 8, 3, 2), 210),
+        RatedConfig(Config(4, 1, 2, 1, 2, 8, 4, 2), 135),
+        RatedConfig(Config(4, 1, 1, 1, 4, 8, 4, 2), 143),
+        RatedConfig(Config(2, 1, 1, 1, 8, 8, 3, 2), 196),
     ),
     16: (
-        Candidate(Config(4, 2, 2, 1, 2, 8, 4, 2), 209),
-        Candidate(Config(4, 2, 1, 1, 4, 8, 3, 2), 221),
-        Candidate(Config(2, 2, 1, 1, 8, 8, 2, 2), 265),
+        RatedConfig(Config(4, 2, 2, 1, 2, 8, 4, 2), 173),
+        RatedConfig(Config(4, 2, 1, 1, 4, 8, 3, 2), 185),
+        RatedConfig(Config(2, 2, 1, 1, 8, 8, 2, 2), 245),
     ),
     32: (
-        Candidate(Config(4, 4, 2, 1, 2, 8, 3, 2), 281),
-        Candidate(Config(2, 4, 4, 1, 1, 8, 4, 3), 312),
-        Candidate(Config(2, 4, 2, 1, 4, 8, 2, 1), 377),
+        RatedConfig(Config(4, 4, 2, 1, 2, 8, 3, 2), 256),
+        RatedConfig(Config(2, 4, 4, 1, 1, 8, 4, 3), 381),
+        RatedConfig(Config(2, 4, 2, 1, 4, 8, 2, 1), 349),
     ),
     64: (
-        Candidate(Config(2, 8, 4, 1, 1, 8, 4, 2), 481),
-        Candidate(Config(2, 8, 4, 1, 2, 8, 3, 1), 501),
-        Candidate(Config(2, 8, 8, 1, 1, 8, 4, 1), 504),
-        Candidate(Config(2, 8, 2, 1, 4, 4, 3, 1), 667),
+        RatedConfig(Config(2, 8, 4, 1, 1, 8, 4, 2), 491),
+        RatedConfig(Config(2, 8, 4, 1, 2, 8, 3, 1), 508),
+        RatedConfig(Config(2, 8, 8, 1, 1, 8, 4, 1), 523),
+        RatedConfig(Config(2, 8, 2, 1, 4, 4, 3, 1), 655),
     ),
 }
-
-# The costs below were chosen so that the grids picked for the eight layers of bench.shapes at M = 1 to 128 came close
-# to the best of those tried on one H200. No other layers were timed, and _WAVE_US is a guess.
-#: What a launch pays when blocks share tiles: partial tiles written, counted and added up by one block.
+#: What every launch pays.
+_LAUNCH_US = 1.6
+#: How much longer it takes to read a weight than a kernel that does nothing else.
+_READ_EXCESS = 1.1
+#: What a launch pays besides when blocks share tiles: partial tiles written, counted and added up by one block.
 _EXCHANGE_US = 2.5
-_SHARE_US = 0.7
+_SHARE_US = 0.63
 _EXCHANGE_BYTES_PER_US = 80e3
+#: K steps that a block loses when its stripe starts and ends within tiles.
+_STRIPE_STEPS = 1.8
 #: What each further wave of blocks pays to fill its pipeline.
-_WAVE_US = 1.5
-#: The share of the GPU's block slots that is enough to keep its memory busy.
-_ENOUGH_SLOTS = 0.85
+_WAVE_US = 1.9
+#: The share of an SM's block slots that is enough to keep it busy.
+_ENOUGH_SLOTS = 0.73
 #: A block should have a few steps to fill its pipeline with.
 _MIN_STEPS = 2
+#: Grids per tile to choose from and to tune.
+_GRIDS_OFFERED = 2
 
 
 def kernel_source(spec: Spec, dtype: str, config: Config) -> str:
@@ -148,22 +158,21 @@ def fitted(config: Config, layout: Layout, gpu: Gpu) -> Config | None:
     return None
 
 
-def candidates(m: int, layout: Layout, gpu: Gpu) -> list[Candidate]:
-    """The configurations for M rows that fit on ``gpu``."""
-    largest_m = next((size for size in CANDIDATES if m <= size), max(CANDIDATES))
-    all_fitted = [(fitted(each.config, layout, gpu), each.slab_ns) for each in CANDIDATES[largest_m]]
-    return [Candidate(config, slab_ns) for config, slab_ns in all_fitted if config is not None]
+def configs(m: int, layout: Layout, gpu: Gpu) -> list[RatedConfig]:
+    """The tiles for M rows that fit on ``gpu``."""
+    largest_m = next((size for size in CONFIGS if m <= size), max(CONFIGS))
+    all_fitted = [(fitted(each.config, layout, gpu), each.slab_ns) for each in CONFIGS[largest_m]]
+    return [RatedConfig(config, slab_ns) for config, slab_ns in all_fitted if config is not None]
 
 
 @dataclass(frozen=True)
 class Grid:
-    """How many blocks share how many tiles of how many K steps, and the time that is expected of it."""
+    """How many blocks share how many tiles of how many K steps."""
 
     blocks: int
     tiles: int
     tiles_m: int
     steps: int
-    predicted_us: float
 
     @property
     def is_cut(self) -> bool:
@@ -171,32 +180,60 @@ class Grid:
         return self.tiles % self.blocks != 0
 
 
-def choose_grid(candidate: Candidate, m: int, layout: Layout, gpu: Gpu) -> Grid:
-    """The best number of blocks: one per tile, whole shares of a tile, or stripes over all block slots."""
-    config = candidate.config
-    slabs_n, slabs_k, _ = layout.packed_shape
+@dataclass(frozen=True)
+class Tiling(Configuration):
+    """A tile, and the blocks that share the tiles."""
+
+    config: Config
+    grid: Grid
+
+    @property
+    def key(self) -> str:
+        """The numbers of the tile, then the blocks."""
+        return f"{'-'.join(map(str, dataclasses.astuple(self.config)))}/{self.grid.blocks}"
+
+    def __str__(self) -> str:
+        exchange = "partial tiles are added in block order" if self.grid.is_cut else "no tile is cut"
+        return f"{self.config}; {self.grid.blocks} blocks over {self.grid.tiles} tiles, {exchange}"
+
+
+def grids(rated: RatedConfig, m: int, layout: Layout, gpu: Gpu) -> list[tuple[float, Grid]]:
+    """(predicted microseconds, grid), the best first: a block per tile, shares of a tile, or stripes over all slots."""
+    config = rated.config
+    slabs_n, slabs_k, slab_bytes = layout.packed_shape
     tiles_m = -(-m // config.tokens)
     tiles = tiles_m * -(-slabs_n * SLAB_N // config.rows)
     steps = -(-slabs_k * SLAB_K // config.k)
     slots = gpu.sm_count * config.blocks_per_sm
-    busy_us = tiles_m * slabs_n * slabs_k * candidate.slab_ns / gpu.sm_count / 1000
+    step_us = config.rows * config.k / (SLAB_N * SLAB_K) * rated.slab_ns / 1000 * decode_factor(layout)
+    least_us = _READ_EXCESS * read_us(slabs_n * slabs_k * slab_bytes, gpu)
 
-    def grid(blocks: int) -> Grid:
-        waves = -(-blocks // slots)
-        fill = min(1.0, blocks / (slots * _ENOUGH_SLOTS)) if waves == 1 else blocks / (waves * slots)
-        predicted_us = busy_us / fill + (waves - 1) * _WAVE_US
+    def predicted_us(blocks: int) -> float:
+        """The memory's time or that of the busiest SM, whichever is longer, and what launch and exchange cost."""
+        steps_of_block = tiles * steps / blocks
+        if blocks % tiles and tiles % blocks:
+            steps_of_block += _STRIPE_STEPS
+        if blocks <= slots:
+            resident = -(-blocks // gpu.sm_count)
+            busy_us = resident * steps_of_block * step_us
+            busy_us /= min(1.0, resident / (_ENOUGH_SLOTS * config.blocks_per_sm))
+        else:
+            waves = -(-blocks // slots)
+            busy_us = waves * config.blocks_per_sm * steps_of_block * step_us + (waves - 1) * _WAVE_US
+        exchange_us = 0.0
         if tiles % blocks:
             shares = max(2, -(-blocks // tiles))
             part_bytes = config.rows * min(m, config.tokens) * 4
-            predicted_us += _EXCHANGE_US + shares * (_SHARE_US + part_bytes / _EXCHANGE_BYTES_PER_US)
-        return Grid(blocks, tiles, tiles_m, steps, predicted_us)
+            exchange_us = _EXCHANGE_US + shares * (_SHARE_US + part_bytes / _EXCHANGE_BYTES_PER_US)
+        return _LAUNCH_US + max(busy_us, least_us) + exchange_us
 
-    options = [grid(tiles)]
+    options = [tiles]
     if tiles <= launch.MAX_COUNTERS:
         most = min(slots // tiles, steps // _MIN_STEPS)
-        options += [grid(tiles * share) for share in range(2, most + 1)]
-        options += [grid(slots)] if tiles * steps >= _MIN_STEPS * slots else []
-    return min(options, key=lambda option: option.predicted_us)
+        options += [tiles * share for share in range(2, most + 1)]
+        options += [slots] if tiles * steps >= _MIN_STEPS * slots else []
+    found = [(predicted_us(blocks), Grid(blocks, tiles, tiles_m, steps)) for blocks in dict.fromkeys(options)]
+    return sorted(found, key=lambda option: option[0])
 
 
 @dataclass(frozen=True)
@@ -209,10 +246,10 @@ class Sm80Plan(Plan):
     m: int
 
     @staticmethod
-    def make(candidate: Candidate, problem: Problem) -> Sm80Plan:
-        """Compile and load a candidate for ``problem``, and share its tiles out."""
+    def make(tiling: Tiling, problem: Problem) -> Sm80Plan:
+        """Compile and load a configuration for ``problem``."""
         assert problem.gpu is not None
-        spec, config = problem.spec, candidate.config
+        spec, config = problem.spec, tiling.config
         function = launch.load(
             kernel_name(spec, problem.dtype),
             kernel_source(spec, problem.dtype, config),
@@ -221,24 +258,21 @@ class Sm80Plan(Plan):
             "gemm",
             config.shared_bytes(spec.layout),
         )
-        return Sm80Plan(
-            function, config, choose_grid(candidate, max(problem.M, 1), spec.layout, problem.gpu), problem.M
-        )
+        return Sm80Plan(function, config, tiling.grid, problem.M)
 
     def __str__(self) -> str:
-        exchange = "partial tiles are added in block order" if self.grid.is_cut else "no tile is cut"
-        return f"{self.config}; {self.grid.blocks} blocks over {self.grid.tiles} tiles, {exchange}"
+        return str(Tiling(self.config, self.grid))
 
-    def multiply(self, framework: Framework, x: Any, w: QuantizedTensor, bias: Any | None, out: Any | None) -> Any:
+    def multiply(
+        self, framework: Framework, x: Any, w: QuantizedTensor, bias: Any | None, out: Any | None, dependent: bool
+    ) -> Any:
         """Enqueue on the current stream of ``framework``."""
         assert isinstance(framework, StreamFramework)
         K, N = w.shape
-        y = framework.empty((*x.shape[:-1], N), framework.dtype(x), w.device) if out is None else out
+        y = output(framework, x, w, out)
         if self.m == 0:
             return y
-        x_rows, y_rows = framework.rows(x), framework.rows(y)
-        x_pointer, y_pointer = framework.pointer(x_rows), framework.pointer(y_rows)
-        x_stride, y_stride = framework.strides(x_rows)[0], framework.strides(y_rows)[0]
+        x_rows, y_rows = Rows.of(framework, x, self.m), Rows.of(framework, y, self.m)
         stream = framework.stream(w.device)
         partials, counters = 0, 0
         if self.grid.is_cut:
@@ -251,13 +285,13 @@ class Sm80Plan(Plan):
             _ARGUMENTS.data,
             0,
             w.pointer,
-            x_pointer,
+            x_rows.pointer,
             0 if bias is None else framework.pointer(bias),
-            y_pointer,
+            y_rows.pointer,
             partials,
             counters,
-            x_stride,
-            y_stride,
+            x_rows.stride,
+            y_rows.stride,
             self.m,
             N,
             K,
@@ -265,8 +299,8 @@ class Sm80Plan(Plan):
             slabs_k,
             self.grid.tiles_m,
             self.grid.tiles,
-            x_pointer % 16 == 0 and (self.m == 1 or x_stride % 8 == 0),
-            y_pointer % 8 == 0 and (self.m == 1 or y_stride % 4 == 0),
+            x_rows.start_at(16),
+            y_rows.start_at(8),
         )
         self.function.launch(self.grid.blocks, self.config.threads, stream, _ARGUMENTS)
         return y
@@ -285,24 +319,38 @@ class Sm80Gemm(Kernel):
             return f"needs mma.sync and cp.async of sm_{_MIN_ARCH}, and {problem.gpu.name} is {problem.gpu.arch}"
         if problem.dtype not in HALF_DTYPES:
             return f"takes {' or '.join(HALF_DTYPES)} activations, not {problem.dtype}"
-        if not candidates(problem.M, problem.spec.layout, problem.gpu):
+        if problem.batch_invariant:
+            return "adds up in an order that depends on M, and batch_invariant was asked for"
+        if not configs(problem.M, problem.spec.layout, problem.gpu):
             return f"needs more shared memory than the {problem.gpu.shared_per_block} bytes of {problem.gpu.name}"
         return None
 
-    def plan(self, problem: Problem) -> Plan:
-        """The candidate with the least predicted time."""
+    def candidates(self, problem: Problem) -> list[Candidate]:
+        """Every tile that fits, with its best grids."""
         assert problem.gpu is not None
         m, layout, gpu = max(problem.M, 1), problem.spec.layout, problem.gpu
-        best = min(
-            candidates(m, layout, gpu), key=lambda candidate: choose_grid(candidate, m, layout, gpu).predicted_us
-        )
-        return Sm80Plan.make(best, problem)
+        return [
+            Candidate(self.name, Tiling(rated.config, grid), predicted_us)
+            for rated in configs(m, layout, gpu)
+            for predicted_us, grid in grids(rated, m, layout, gpu)[:_GRIDS_OFFERED]
+        ]
+
+    def source(self, problem: Problem, candidate: Candidate) -> tuple[str, str]:
+        """(name, source) for its tile."""
+        assert isinstance(candidate.configuration, Tiling)
+        spec, dtype = problem.spec, problem.dtype
+        return kernel_name(spec, dtype), kernel_source(spec, dtype, candidate.configuration.config)
+
+    def plan(self, problem: Problem, candidate: Candidate) -> Plan:
+        """Compile and load its tile."""
+        assert isinstance(candidate.configuration, Tiling)
+        return Sm80Plan.make(candidate.configuration, problem)
 
     def variants(self, spec: Spec, dtype: str, gpu: Gpu) -> Iterator[tuple[str, str]]:
         """(name, source) of every kernel that ``spec`` can need on ``gpu``."""
-        for m in CANDIDATES:
-            for candidate in candidates(m, spec.layout, gpu):
-                yield kernel_name(spec, dtype), kernel_source(spec, dtype, candidate.config)
+        for m in CONFIGS:
+            for rated in configs(m, spec.layout, gpu):
+                yield kernel_name(spec, dtype), kernel_source(spec, dtype, rated.config)
 
 
 KERNEL = Sm80Gemm()

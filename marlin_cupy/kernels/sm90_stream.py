@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import struct
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 from marlin_cupy.device import Gpu
 from marlin_cupy.formats.scalars import HALF_DTYPES
 from marlin_cupy.frameworks import Framework, StreamFramework
 from marlin_cupy.jit import launch, source
-from marlin_cupy.kernels.problem import Kernel, Plan, Problem
+from marlin_cupy.kernels.costs import decode_factor, read_us
+from marlin_cupy.kernels.operands import Rows, output
+from marlin_cupy.kernels.problem import Candidate, Configuration, Kernel, Plan, Problem
 from marlin_cupy.layout import SLAB_K, SLAB_N, Layout
 from marlin_cupy.tensor import QuantizedTensor, Spec
 
@@ -66,49 +69,113 @@ class Config:
         return f"{self.warps_k} warps with {self.slots} slabs under way each, clusters of {self.cluster} along K"
 
 
-#: (warps_k, slots) to try, best first, for one block on an SM, for two, and for clusters of two. Like
-#: _CLUSTER_GAIN and the choice between them, picked by hand from times of the eight layers of bench.shapes on one H200
-#: (int4, group_size=128, float16); other layers and formats were not tuned.
-_ALONE = ((12, 2), (8, 3), (8, 2), (4, 3), (4, 2))
-_IN_PAIRS = ((4, 3), (4, 2), (2, 3), (2, 2))
-_CLUSTERED = ((8, 3), (8, 2), (4, 3), (4, 2))
-#: A cluster of two has to use the SMs better by this much to make up for its exchange.
-_CLUSTER_GAIN = 0.15
+@dataclass(frozen=True)
+class Costs:
+    """Microseconds on an H200, int4 with group_size=128 and float16; see :func:`predicted_us`.
+
+    Attributes:
+        launch: of a launch, up to the first slab and from the last one.
+        slab: that a warp needs for a slab, were it alone on its SM.
+        crowd: by which each warp on the SM lengthens that.
+        tile: for the sum over the warps at the end of a tile.
+        exchange: for the sum over a cluster there.
+    """
+
+    launch: float
+    slab: float
+    crowd: float
+    tile: float
+    exchange: float
 
 
-def configs(m: int, layout: Layout, gpu: Gpu) -> dict[tuple[int, int], Config]:
-    """Per (cluster, blocks per SM): the first configuration for M rows that fits."""
-    found = {}
-    choices = {(1, 1): _ALONE, (2, 1): _CLUSTERED}
-    if m <= _FEW:
-        choices[1, 2] = _IN_PAIRS
-    for (cluster, blocks), shapes in choices.items():
-        budget = min(gpu.shared_per_block, gpu.shared_per_sm // blocks - _RESERVED_SHARED)
-        for warps_k, slots in shapes:
-            config = Config(1 if m <= _FEW else 2, warps_k, slots, cluster, blocks)
-            if config.shared_bytes(layout) <= budget:
-                found[cluster, blocks] = config
-                break
+#: A dependent launch of a layer with more packed bytes takes all shared memory of its SMs, so that blocks of the next
+#: kernel start where blocks of this one have ended and not beside them, where they would compete for bandwidth. With
+#: fewer bytes they start at once. From a laboratory version of this kernel; not measured for this one.
+_BESIDE_BYTES = 15 << 20
+
+
+# Fitted to the rows of this kernel in examples/results/h200.json, which they meet within 6 %. There M = 16 has no row
+# with several tiles per block, since sm80_gemm was found to be as fast or faster then: tile is such that it is.
+#: By the largest M that they hold for.
+COSTS = {
+    8: Costs(launch=2.6, slab=0.34, crowd=0.0825, tile=0.05, exchange=0.9),
+    16: Costs(launch=1.2, slab=1.31, crowd=0.0, tile=1.3, exchange=1.3),
+}
+#: Per (largest M, cluster, blocks per SM): the (warps_k, slots) that are offered, so far as they fit.
+_SHAPES = {
+    (8, 1, 1): ((12, 2), (8, 3), (8, 2), (4, 3), (4, 2)),
+    (8, 1, 2): ((4, 3), (4, 2), (2, 3), (2, 2)),
+    (8, 2, 1): ((8, 3), (8, 2), (4, 3), (4, 2)),
+    (16, 1, 1): ((12, 2), (8, 3), (8, 2), (4, 3), (4, 2)),
+    (16, 1, 2): ((4, 2), (2, 3), (2, 2)),
+    (16, 2, 1): ((8, 3), (8, 2), (4, 3), (4, 2)),
+}
+#: How many of them: those that fit and come first.
+_SHAPES_OFFERED = 2
+
+
+def _largest_m(m: int) -> int:
+    return _FEW if m <= _FEW else _MAX_M
+
+
+def configs(m: int, layout: Layout, gpu: Gpu) -> list[Config]:
+    """The configurations for M rows that fit on ``gpu``."""
+    found = []
+    for (largest_m, cluster, blocks), shapes in _SHAPES.items():
+        if largest_m == _largest_m(m):
+            budget = min(gpu.shared_per_block, gpu.shared_per_sm // blocks - _RESERVED_SHARED)
+            all_shapes = [Config(largest_m // 8, warps_k, slots, cluster, blocks) for warps_k, slots in shapes]
+            found += [each for each in all_shapes if each.shared_bytes(layout) <= budget][:_SHAPES_OFFERED]
     return found
 
 
-def choose(m: int, layout: Layout, gpu: Gpu) -> tuple[Config, int]:
-    """The configuration for M rows and the number of clusters, all resident at once with equal numbers of tiles."""
-    tiles = layout.packed_shape[0]
-    fitting = configs(m, layout, gpu)
+@dataclass(frozen=True)
+class Streams(Configuration):
+    """A block, and how many clusters of them share the tiles, all resident at once."""
 
-    def share(cluster: int, blocks: int) -> tuple[float, int]:
-        """How much of the GPU works on average, and the clusters that it takes."""
-        most = gpu.sm_count * blocks // cluster
-        rounds = -(-tiles // most)
-        return tiles / (rounds * most), -(-tiles // rounds)
+    dependent: ClassVar[bool] = True
 
-    best = 1, 1
-    if (2, 1) in fitting and share(2, 1)[0] > share(1, 1)[0] + _CLUSTER_GAIN:
-        best = 2, 1
-    elif (1, 2) in fitting and tiles > gpu.sm_count and share(1, 1)[0] < 0.9 <= share(1, 2)[0] + 0.1:
-        best = 1, 2
-    return fitting[best], share(*best)[1]
+    config: Config
+    clusters: int
+
+    @property
+    def key(self) -> str:
+        """The numbers of the block, then the clusters."""
+        return f"{'-'.join(map(str, dataclasses.astuple(self.config)))}/{self.clusters}"
+
+    def __str__(self) -> str:
+        exchange = "partial tiles are added in rank order" if self.config.cluster > 1 else "no tile is cut"
+        return f"{self.config}; {self.clusters * self.config.cluster} blocks, {exchange}; dependent launch"
+
+
+def rounds(config: Config, layout: Layout, gpu: Gpu) -> int:
+    """Tiles that the busiest cluster computes one after the other."""
+    return -(-layout.packed_shape[0] // (gpu.sm_count * config.blocks_per_sm // config.cluster))
+
+
+def predicted_us(config: Config, layout: Layout, gpu: Gpu) -> float:
+    """The memory's time or that of the busiest warp, whichever is longer, and a launch.
+
+    A warp waits for its copies, decodes and multiplies a slab at a time, so that its slabs make a chain; more warps on
+    an SM hide more of each other's waiting than they take from each other.
+    """
+    slabs_n, slabs_k, slab_bytes = layout.packed_shape
+    costs = COSTS[config.tokens]
+    slabs = math.ceil(slabs_k / (config.cluster * config.warps_k))
+    slab = (costs.slab + costs.crowd * config.warps_k * config.blocks_per_sm) * decode_factor(layout)
+    tile = slabs * slab + costs.tile + (costs.exchange if config.cluster > 1 else 0.0)
+    return costs.launch + max(rounds(config, layout, gpu) * tile, read_us(slabs_n * slabs_k * slab_bytes, gpu))
+
+
+def all_shared_bytes(config: Config, gpu: Gpu) -> int:
+    """Dynamic shared memory with which ``blocks_per_sm`` blocks leave none on an SM."""
+    return min(gpu.shared_per_block, gpu.shared_per_sm // config.blocks_per_sm - _RESERVED_SHARED) // 128 * 128
+
+
+def dependent_shared_bytes(config: Config, layout: Layout, gpu: Gpu) -> int:
+    """Dynamic shared memory of a block in a dependent launch; see _BESIDE_BYTES."""
+    alone = math.prod(layout.packed_shape) > _BESIDE_BYTES
+    return all_shared_bytes(config, gpu) if alone else config.shared_bytes(layout)
 
 
 @dataclass(frozen=True)
@@ -119,55 +186,65 @@ class StreamPlan(Plan):
     config: Config
     clusters: int
     m: int
+    dependent_shared_bytes: int
 
     @staticmethod
-    def make(config: Config, clusters: int, problem: Problem) -> StreamPlan:
-        """Compile and load ``config`` for ``problem``."""
+    def make(streams: Streams, problem: Problem) -> StreamPlan:
+        """Compile and load a configuration for ``problem``."""
         assert problem.gpu is not None
         function = launch.load(
             kernel_name(problem.spec, problem.dtype),
-            kernel_source(problem.spec, problem.dtype, config),
+            kernel_source(problem.spec, problem.dtype, streams.config),
             problem.gpu.arch,
             problem.gpu.index,
             "gemm",
-            config.shared_bytes(problem.spec.layout),
+            streams.config.shared_bytes(problem.spec.layout),
+            all_shared_bytes(streams.config, problem.gpu),
         )
-        return StreamPlan(function, config, clusters, problem.M)
+        shared_bytes = dependent_shared_bytes(streams.config, problem.spec.layout, problem.gpu)
+        return StreamPlan(function, streams.config, streams.clusters, problem.M, shared_bytes)
 
     def __str__(self) -> str:
-        exchange = "partial tiles are added in rank order" if self.config.cluster > 1 else "no tile is cut"
-        return f"{self.config}; {self.clusters * self.config.cluster} blocks, {exchange}"
+        return (
+            f"{Streams(self.config, self.clusters)} with {self.dependent_shared_bytes} bytes of shared memory a block"
+        )
 
-    def multiply(self, framework: Framework, x: Any, w: QuantizedTensor, bias: Any | None, out: Any | None) -> Any:
+    def multiply(
+        self, framework: Framework, x: Any, w: QuantizedTensor, bias: Any | None, out: Any | None, dependent: bool
+    ) -> Any:
         """Enqueue on the current stream of ``framework``."""
         assert isinstance(framework, StreamFramework)
         K, N = w.shape
-        y = framework.empty((*x.shape[:-1], N), framework.dtype(x), w.device) if out is None else out
+        y = output(framework, x, w, out)
         if self.m == 0:
             return y
-        x_rows, y_rows = framework.rows(x), framework.rows(y)
-        x_pointer, y_pointer = framework.pointer(x_rows), framework.pointer(y_rows)
-        x_stride, y_stride = framework.strides(x_rows)[0], framework.strides(y_rows)[0]
+        x_rows, y_rows = Rows.of(framework, x, self.m), Rows.of(framework, y, self.m)
         slabs_n, slabs_k, _ = w.layout.packed_shape
         _ARGS.pack_into(
             _ARGUMENTS.data,
             0,
             w.pointer,
-            x_pointer,
+            x_rows.pointer,
             0 if bias is None else framework.pointer(bias),
-            y_pointer,
-            x_stride,
-            y_stride,
+            y_rows.pointer,
+            x_rows.stride,
+            y_rows.stride,
             self.m,
             N,
             K,
             slabs_n,
             slabs_k,
-            x_pointer % 16 == 0 and (self.m == 1 or x_stride % 8 == 0),
-            y_pointer % 8 == 0 and (self.m == 1 or y_stride % 4 == 0),
+            x_rows.start_at(16),
+            y_rows.start_at(8),
         )
         blocks = self.clusters * self.config.cluster
-        self.function.launch(blocks, self.config.threads, framework.stream(w.device), _ARGUMENTS)
+        stream = framework.stream(w.device)
+        if dependent:
+            self.function.launch_dependent(
+                w.writes, blocks, self.config.threads, stream, _ARGUMENTS, self.dependent_shared_bytes
+            )
+        else:
+            self.function.launch(blocks, self.config.threads, stream, _ARGUMENTS)
         return y
 
 
@@ -187,7 +264,7 @@ class Sm90Stream(Kernel):
     name = "sm90_stream"
 
     def refuses(self, problem: Problem) -> str | None:
-        """Other GPUs, more rows, layers where the portable kernel is as fast."""
+        """Other GPUs, more rows."""
         if problem.gpu is None:
             return "runs on a GPU, and the weight is in host memory"
         if problem.gpu.arch != _ARCH:
@@ -196,21 +273,37 @@ class Sm90Stream(Kernel):
             return f"takes {' or '.join(HALF_DTYPES)} activations, not {problem.dtype}"
         if problem.M > _MAX_M:
             return f"takes up to {_MAX_M} rows, not {problem.M}"
-        if problem.M > _FEW and problem.spec.layout.packed_shape[0] > problem.gpu.sm_count:
-            return f"is not faster for more than {_FEW} rows when there are more than one 64-column block per SM"
-        if (1, 1) not in configs(problem.M, problem.spec.layout, problem.gpu):
+        if problem.batch_invariant:
+            return "adds up in an order that depends on M, and batch_invariant was asked for"
+        if not configs(problem.M, problem.spec.layout, problem.gpu):
             return f"needs more shared memory than the {problem.gpu.shared_per_block} bytes of {problem.gpu.name}"
         return None
 
-    def plan(self, problem: Problem) -> Plan:
-        """By the number of 64-column blocks; see choose."""
+    def candidates(self, problem: Problem) -> list[Candidate]:
+        """Every configuration that fits, with as few clusters as need no more rounds than all that can be resident."""
         assert problem.gpu is not None
-        return StreamPlan.make(*choose(problem.M, problem.spec.layout, problem.gpu), problem)
+        layout, gpu = problem.spec.layout, problem.gpu
+        found = []
+        for config in configs(problem.M, layout, gpu):
+            clusters = -(-layout.packed_shape[0] // rounds(config, layout, gpu))
+            found.append(Candidate(self.name, Streams(config, clusters), predicted_us(config, layout, gpu)))
+        return found
+
+    def source(self, problem: Problem, candidate: Candidate) -> tuple[str, str]:
+        """(name, source) for its block."""
+        assert isinstance(candidate.configuration, Streams)
+        spec, dtype = problem.spec, problem.dtype
+        return kernel_name(spec, dtype), kernel_source(spec, dtype, candidate.configuration.config)
+
+    def plan(self, problem: Problem, candidate: Candidate) -> Plan:
+        """Compile and load its block."""
+        assert isinstance(candidate.configuration, Streams)
+        return StreamPlan.make(candidate.configuration, problem)
 
     def variants(self, spec: Spec, dtype: str, gpu: Gpu) -> Iterator[tuple[str, str]]:
         """(name, source) of every kernel that ``spec`` can need on ``gpu``."""
         for m in (_FEW, _MAX_M) if gpu.arch == _ARCH else ():
-            for config in configs(m, spec.layout, gpu).values():
+            for config in configs(m, spec.layout, gpu):
                 yield kernel_name(spec, dtype), kernel_source(spec, dtype, config)
 
 

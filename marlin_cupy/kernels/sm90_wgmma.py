@@ -1,22 +1,30 @@
-"""More than a few rows of x on Hopper: wgmma on weights decoded in registers. Twin of cuda_src/kernels/sm90_wgmma.cuh."""
+"""More than a few rows of x on Hopper: wgmma on weights that are decoded into registers.
+
+Twin of cuda_src/kernels/sm90_wgmma.cuh. The copy engine reads x, and wants rows that start at multiples of 16 bytes
+and do not overlap. Other views of x are multiplied by sm80_gemm, which takes any address; see marlin_cupy.matmul.
+"""
 
 from __future__ import annotations
 
 import dataclasses
+import functools
 import struct
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 from marlin_cupy.device import Gpu
 from marlin_cupy.formats.scalars import HALF_DTYPES
 from marlin_cupy.frameworks import Framework, StreamFramework
 from marlin_cupy.jit import launch, source, tensor_map
-from marlin_cupy.kernels.problem import Kernel, Plan, Problem
+from marlin_cupy.kernels import sm80_gemm
+from marlin_cupy.kernels.costs import decode_factor, read_us
+from marlin_cupy.kernels.operands import Rows, output
+from marlin_cupy.kernels.problem import Candidate, Configuration, Kernel, Plan, Problem
 from marlin_cupy.layout import SLAB_K, SLAB_N, Layout
 from marlin_cupy.tensor import QuantizedTensor, Spec
 
-#: struct Args of the twin: a tensor map, six pointers, a stride, twelve ints.
+#: struct Args of the twin: a tensor map, six pointers, a stride, twelve ints; its size is a multiple of 64.
 _ARGS = struct.Struct("=128s6Qq12i24x")
 _ARGUMENTS = launch.ArgumentBlock(_ARGS.size)
 _ARCH = "sm_90a"
@@ -25,6 +33,7 @@ _RESERVED_SHARED = 1024  # the driver's share of each block
 _REGISTERS = 65536  # of an SM
 _PRODUCER_REGISTERS = 40  # per thread of the copying warpgroup
 _BOX_K = 64  # K of a row of x in shared memory: 128 bytes, its swizzle's width
+_COPY_BYTES = 16  # what addresses of the copy engine are multiples of
 
 
 @dataclass(frozen=True)
@@ -32,7 +41,8 @@ class Config:
     """The tile of a block; printed as the C++ struct that the kernel takes.
 
     ``wgs_n`` warpgroups of ``row_blocks`` x 64 outputs each, ``wgs_k`` times over to split K, by ``tokens`` rows of x;
-    ``stages`` slabs of K under way; ``cluster`` blocks share the K of a tile; ``blocks_per_sm`` are resident.
+    ``stages`` slabs of K under way; ``cluster`` blocks share the K of a tile; ``blocks_per_sm`` are resident. A
+    warpgroup decodes ``atoms`` x 16 of K between two groups of wgmma, into one of ``sets`` of registers.
     """
 
     wgs_n: int
@@ -61,13 +71,17 @@ class Config:
         return SLAB_N * self.wgs_n * self.row_blocks
 
     @property
+    def launch_registers(self) -> int:
+        """Registers per thread that the compiler gives a launch of so many threads."""
+        return min(_REGISTERS // (self.threads * self.blocks_per_sm) // 8 * 8, 248)
+
+    @property
     def consumer_registers(self) -> int:
         """Registers per thread of the others: what the copying warpgroup leaves of those that the launch gets.
 
         More would wait for ever: a block trades registers within its own.
         """
-        at_launch = min(_REGISTERS // (self.threads * self.blocks_per_sm) // 8 * 8, 248)
-        left = at_launch * (self.consumers + 1) - _PRODUCER_REGISTERS
+        left = self.launch_registers * (self.consumers + 1) - _PRODUCER_REGISTERS
         return min(240, left // self.consumers // 8 * 8)
 
     def shared_bytes(self, layout: Layout) -> int:
@@ -85,9 +99,98 @@ class Config:
         return f"struct Config {{ static constexpr int {fields}; }};"
 
     def __str__(self) -> str:
-        split = f", K in {self.wgs_k} in a block" if self.wgs_k > 1 else ""
-        split += f" and {self.cluster} in a cluster" if self.cluster > 1 else ""
-        return f"{self.rows} x {self.tokens} tile, {self.stages} stages, {self.consumers} warpgroups{split}"
+        split = [f"{self.wgs_k} groups of warps" if self.wgs_k > 1 else "", "2 blocks" if self.cluster > 1 else ""]
+        shared = " and ".join(part for part in split if part)
+        return (
+            f"{self.rows} x {self.tokens} tile, {self.stages} slabs under way, {self.consumers} warpgroups decode"
+            + (f", {shared} share its K" if shared else "")
+            + (f", {self.blocks_per_sm} blocks on an SM" if self.blocks_per_sm > 1 else "")
+        )
+
+
+@dataclass(frozen=True)
+class RatedConfig:
+    """A tile and its speed: the time in which every block on an SM is through with a slab of K.
+
+    Nanoseconds on an H200, int4 with group_size=128 and float16, decoding and multiplying; see :func:`predicted_us`.
+    """
+
+    config: Config
+    slab_ns: float
+
+
+# The times and costs below were fitted together to 400 times of these tiles on an H200, M = 16 to 1024, on the layers
+# of bench.shapes.LLAMA: plain launches, cold weights. Of all tiles and grids measured (175 and two), what is predicted
+# to be best takes 0.6 % longer than the best on average and 8 % at worst. Larger M was not measured.
+#: The tiles to choose from, for any M.
+CONFIGS = (
+    RatedConfig(Config(1, 2, 1, 16, 8, 2, 1, 4), 236),
+    RatedConfig(Config(2, 1, 2, 16, 8, 1, 1, 4), 620),
+    RatedConfig(Config(2, 2, 1, 16, 6, 2, 1, 4), 349),
+    RatedConfig(Config(3, 1, 1, 16, 5, 1, 1, 4), 473),
+    RatedConfig(Config(3, 1, 1, 16, 5, 2, 1, 4), 467),
+    RatedConfig(Config(1, 2, 1, 32, 8, 2, 1, 4), 256),
+    RatedConfig(Config(2, 1, 1, 32, 6, 2, 1, 4), 431),
+    RatedConfig(Config(2, 1, 2, 32, 4, 1, 1, 4), 689),
+    RatedConfig(Config(3, 1, 1, 32, 5, 2, 1, 4), 541),
+    RatedConfig(Config(1, 2, 1, 48, 8, 2, 1, 4), 286),
+    RatedConfig(Config(2, 1, 2, 48, 4, 1, 1, 4), 811),
+    RatedConfig(Config(2, 2, 1, 48, 8, 2, 1, 4), 482),
+    RatedConfig(Config(3, 1, 1, 48, 5, 2, 1, 4), 643),
+    RatedConfig(Config(1, 2, 1, 64, 8, 2), 301),
+    RatedConfig(Config(2, 1, 1, 64, 4, 1, 2), 1034),
+    RatedConfig(Config(2, 1, 1, 64, 7, 2), 585),
+    RatedConfig(Config(2, 1, 2, 64, 4, 1), 1018),
+    RatedConfig(Config(3, 1, 1, 64, 6, 2), 740),
+    RatedConfig(Config(1, 2, 1, 96, 6, 2), 391),
+    RatedConfig(Config(2, 1, 1, 96, 4, 1), 709),
+    RatedConfig(Config(2, 1, 1, 96, 4, 2), 701),
+    RatedConfig(Config(2, 1, 2, 96, 4, 1), 1276),
+    RatedConfig(Config(3, 1, 1, 96, 4, 2), 889),
+    RatedConfig(Config(1, 2, 1, 128, 4, 2), 514),
+    RatedConfig(Config(2, 1, 1, 128, 4, 1), 849),
+    RatedConfig(Config(2, 1, 1, 128, 3, 2), 892),
+    RatedConfig(Config(2, 1, 2, 128, 4, 1), 1558),
+    RatedConfig(Config(3, 1, 1, 128, 4, 1), 1228),
+    RatedConfig(Config(2, 1, 1, 192, 3, 1), 1154),
+    RatedConfig(Config(2, 1, 1, 256, 3, 1), 1620),
+)
+#: What every launch pays, and every tile of a block at its end.
+_LAUNCH_US, _TILE_US = 2.3, 0.65
+#: What a cluster pays for its exchange, and per 64 KB of a tile's sums.
+_CLUSTER_US, _CLUSTER_SHARE_US = 1.0, 1.0
+#: What stripes pay: once, per block that shares a tile, per 64 KB of such a share, and slabs that a block loses.
+_STRIPE_US, _SHARE_US, _SHARE_BYTES_US, _STRIPE_SLABS = 1.9, 0.14, 0.6, 4.9
+_SHARE_BYTES = 64 << 10
+#: The time of a block that has an SM for itself, over that of two which share one.
+_ALONE = 0.51
+#: How sharply the longer of computing and reading decides: the exponent of the norm that adds the two up.
+_OVERLAP = 2.5
+#: Nanoseconds of decoding 64 outputs of a slab, which other formats lengthen: the time of the tiles with few tokens by
+#: their rows. Taken to be hidden as little where a tile has more tokens; not measured.
+_DECODE_NS = 155
+#: What each further wave of blocks pays to start, where more blocks are launched than fit: that of sm80_gemm.
+_WAVE_US = 1.9
+#: Candidates to choose from and to tune.
+_OFFERED = 12
+#: Rows of x that count alike when the split of K is chosen for batch_invariant: a few, some and many.
+_INVARIANT_MS = (8, 64, 1024)
+
+
+def fitted(config: Config, layout: Layout, gpu: Gpu) -> Config | None:
+    """``config`` with as many stages as shared memory holds; None if a K group would have less than two."""
+    budget = min(gpu.shared_per_block, gpu.shared_per_sm // config.blocks_per_sm - _RESERVED_SHARED)
+    for stages in range(config.stages // config.wgs_k * config.wgs_k, 2 * config.wgs_k - 1, -config.wgs_k):
+        smaller = dataclasses.replace(config, stages=stages)
+        if smaller.shared_bytes(layout) <= budget:
+            return smaller
+    return None
+
+
+def configs(layout: Layout, gpu: Gpu) -> list[RatedConfig]:
+    """The tiles that fit on ``gpu``."""
+    all_fitted = [(fitted(each.config, layout, gpu), each.slab_ns) for each in CONFIGS]
+    return [RatedConfig(config, slab_ns) for config, slab_ns in all_fitted if config is not None]
 
 
 @dataclass(frozen=True)
@@ -105,17 +208,115 @@ class Grid:
         return max(0, self.tiles - self.whole * self.blocks)
 
 
+@dataclass(frozen=True)
+class Tiling(Configuration):
+    """A tile, and the blocks that share the tiles."""
+
+    dependent: ClassVar[bool] = True
+
+    config: Config
+    grid: Grid
+
+    @property
+    def key(self) -> str:
+        """The numbers of the tile, then the blocks and the tiles that each computes alone."""
+        return f"{'-'.join(map(str, dataclasses.astuple(self.config)))}/{self.grid.blocks}x{self.grid.whole}"
+
+    def __str__(self) -> str:
+        blocks = f"{self.grid.blocks * self.config.cluster} blocks over {self.grid.tiles} tiles"
+        if self.grid.shared_tiles:
+            blocks += f", partial tiles of the last {self.grid.shared_tiles} are added in block order"
+        elif self.config.cluster > 1:
+            blocks += ", partial tiles are added in rank order"
+        else:
+            blocks += ", no tile is cut"
+        return f"{self.config}; {blocks}; dependent launch"
+
+
+def slots(config: Config, gpu: Gpu) -> int:
+    """Blocks (clusters) that are resident at once."""
+    return gpu.sm_count * config.blocks_per_sm // config.cluster
+
+
 def grid_of(config: Config, m: int, layout: Layout, gpu: Gpu, stripes: bool) -> Grid:
     """``stripes``: all SMs work, and share the last tiles; else every tile is computed by one block or cluster."""
     tiles_m = -(-m // config.tokens)
     tiles = tiles_m * -(-layout.packed_shape[0] * SLAB_N // config.rows)
-    slots = gpu.sm_count * config.blocks_per_sm // config.cluster
     if config.cluster > 1:
         return Grid(tiles, tiles, tiles_m, 1)
+    most = slots(config, gpu)
     if not stripes:
-        return Grid(min(tiles, slots), tiles, tiles_m, -(-tiles // slots))
-    slots = min(slots, tiles * layout.packed_shape[1])
-    return Grid(slots, tiles, tiles_m, tiles // slots)
+        return Grid(min(tiles, most), tiles, tiles_m, -(-tiles // most))
+    most = min(most, tiles * layout.packed_shape[1])
+    return Grid(most, tiles, tiles_m, tiles // most)
+
+
+def invariant_grid(config: Config, m: int, layout: Layout, gpu: Gpu) -> Grid:
+    """Whole tiles; and where the K groups of a block take turns, a block for each, whose turns start at slab 0."""
+    whole = grid_of(config, m, layout, gpu, stripes=False)
+    return whole if config.wgs_k == 1 else Grid(whole.tiles, whole.tiles, whole.tiles_m, 1)
+
+
+def predicted_us(rated: RatedConfig, grid: Grid, layout: Layout, gpu: Gpu) -> float:
+    """Launch, and the longer of reading the weight and what the busiest block does, somewhat more where they are close.
+
+    A block takes as long for each slab, whether the tensor cores, decoding or the memory hold it up, and something at
+    the end of each tile. Tiles that are put together cost an exchange.
+    """
+    config = rated.config
+    slabs_n, slabs_k, slab_bytes = layout.packed_shape
+    slab_us = (rated.slab_ns + (decode_factor(layout) - 1) * _DECODE_NS * config.rows / SLAB_N) / 1000
+    if config.blocks_per_sm > 1 and grid.blocks * config.cluster <= gpu.sm_count:
+        slab_us *= _ALONE
+    share = config.rows * config.tokens * 4 / _SHARE_BYTES
+    waves = -(-(grid.tiles - grid.shared_tiles) // min(grid.blocks, slots(config, gpu)))
+    busy_us = waves * (slabs_k / config.cluster * slab_us + _TILE_US)
+    if grid.blocks > slots(config, gpu):
+        busy_us += (waves - 1) * _WAVE_US
+    if config.cluster > 1:
+        busy_us += _CLUSTER_US + _CLUSTER_SHARE_US * share
+    if grid.shared_tiles:
+        stretch = grid.shared_tiles * slabs_k / grid.blocks + _STRIPE_SLABS
+        shares = -(-grid.blocks // grid.shared_tiles)
+        busy_us += stretch * slab_us + _TILE_US + _STRIPE_US + shares * (_SHARE_US + _SHARE_BYTES_US * share)
+    memory_us = read_us(slabs_n * slabs_k * slab_bytes, gpu)
+    return float(_LAUNCH_US + (busy_us**_OVERLAP + memory_us**_OVERLAP) ** (1 / _OVERLAP))
+
+
+def options(m: int, layout: Layout, gpu: Gpu) -> list[tuple[float, Tiling]]:
+    """(predicted microseconds, tile and grid) of all tiles, whole and with stripes; the best first."""
+    found = []
+    for rated in configs(layout, gpu):
+        for grid in dict.fromkeys(grid_of(rated.config, m, layout, gpu, stripes) for stripes in (False, True)):
+            found.append((predicted_us(rated, grid, layout, gpu), Tiling(rated.config, grid)))
+    return sorted(found, key=lambda option: option[0])
+
+
+def invariant_options(m: int, layout: Layout, gpu: Gpu, split: tuple[int, int]) -> list[tuple[float, Tiling]]:
+    """As :func:`options`, of those whose rows have the bits that (K groups, cluster) ``split`` gives at any M.
+
+    No tile is cut, the parts of K are added in the same order, and in each of them slab after slab. That the number of
+    tokens in a tile, or the place of a row in it, does not change how wgmma adds is assumed; the GPU tests compare.
+    """
+    found = []
+    for rated in configs(layout, gpu):
+        if (rated.config.wgs_k, rated.config.cluster) == split:
+            grid = invariant_grid(rated.config, m, layout, gpu)
+            found.append((predicted_us(rated, grid, layout, gpu), Tiling(rated.config, grid)))
+    return sorted(found, key=lambda option: option[0])
+
+
+@functools.lru_cache(maxsize=1024)
+def invariant_split(layout: Layout, gpu: Gpu) -> tuple[int, int]:
+    """(K groups, cluster) for a layer, whatever M: the least product of the times for few, some and many rows."""
+
+    def cost(split: tuple[int, int]) -> float:
+        product = 1.0
+        for m in _INVARIANT_MS:
+            product *= invariant_options(m, layout, gpu, split)[0][0]
+        return product
+
+    return min(dict.fromkeys((each.config.wgs_k, each.config.cluster) for each in configs(layout, gpu)), key=cost)
 
 
 @dataclass(frozen=True)
@@ -125,36 +326,57 @@ class WgmmaPlan(Plan):
     function: launch.Function
     config: Config
     grid: Grid
-    m: int
-    dtype: str
+    problem: Problem
 
     @staticmethod
-    def make(config: Config, grid: Grid, problem: Problem) -> WgmmaPlan:
-        """Compile and load ``config`` for ``problem``."""
+    def make(tiling: Tiling, problem: Problem) -> WgmmaPlan:
+        """Compile and load a configuration for ``problem``."""
         assert problem.gpu is not None
         function = launch.load(
             kernel_name(problem.spec, problem.dtype),
-            kernel_source(problem.spec, problem.dtype, config),
+            kernel_source(problem.spec, problem.dtype, tiling.config),
             problem.gpu.arch,
             problem.gpu.index,
             "gemm",
-            config.shared_bytes(problem.spec.layout),
+            tiling.config.shared_bytes(problem.spec.layout),
         )
-        return WgmmaPlan(function, config, grid, problem.M, problem.dtype)
+        return WgmmaPlan(function, tiling.config, tiling.grid, problem)
+
+    @property
+    def m(self) -> int:
+        """Rows of x."""
+        return self.problem.M
+
+    @functools.cached_property
+    def portable(self) -> Plan:
+        """What sm80_gemm would do, for x that the copy engine cannot read; made when the first such x comes."""
+        found = sm80_gemm.KERNEL.candidates(self.problem)
+        return sm80_gemm.KERNEL.plan(self.problem, min(found, key=lambda candidate: candidate.predicted_us))
 
     def __str__(self) -> str:
-        return f"{self.config}; {self.grid.blocks * self.config.cluster} blocks over {self.grid.tiles} tiles"
+        return str(Tiling(self.config, self.grid))
 
-    def multiply(self, framework: Framework, x: Any, w: QuantizedTensor, bias: Any | None, out: Any | None) -> Any:
-        """Enqueue on the current stream of ``framework``."""
+    def multiply(
+        self, framework: Framework, x: Any, w: QuantizedTensor, bias: Any | None, out: Any | None, dependent: bool
+    ) -> Any:
+        """Enqueue on the current stream of ``framework``.
+
+        ValueError for x that the copy engine cannot read, where batch_invariant rules the other kernel out.
+        """
         assert isinstance(framework, StreamFramework)
         K, N = w.shape
-        y = framework.empty((*x.shape[:-1], N), framework.dtype(x), w.device) if out is None else out
+        y = output(framework, x, w, out)
         if self.m == 0:
             return y
-        x_rows, y_rows = framework.rows(x), framework.rows(y)
-        x_pointer, y_pointer = framework.pointer(x_rows), framework.pointer(y_rows)
-        x_stride, y_stride = framework.strides(x_rows)[0], framework.strides(y_rows)[0]
+        x_rows, y_rows = Rows.of(framework, x, self.m), Rows.of(framework, y, self.m)
+        if not x_rows.start_at(_COPY_BYTES) or (self.m > 1 and x_rows.stride < K):
+            if self.problem.batch_invariant:
+                raise ValueError(
+                    f"x is at address {x_rows.pointer:#x} with a stride of {x_rows.stride} elements between rows; "
+                    f"batch_invariant needs rows that start at multiples of {_COPY_BYTES} bytes and do not overlap, "
+                    "pass a contiguous copy."
+                )
+            return self.portable.multiply(framework, x, w, bias, y, dependent)
         stream = framework.stream(w.device)
         partials, counters = 0, 0
         if self.grid.shared_tiles:
@@ -163,30 +385,35 @@ class WgmmaPlan(Plan):
             partials = framework.pointer(scratch)
             counters = launch.counters(w.device.index).address(stream, self.grid.shared_tiles)
         slabs_n, slabs_k, _ = w.layout.packed_shape
+        box = self.config.tokens, _BOX_K
         _ARGS.pack_into(
             _ARGUMENTS.data,
             0,
-            tensor_map.of_matrix(x_pointer, self.dtype, (self.m, K), x_stride, (self.config.tokens, _BOX_K)),
+            tensor_map.of_matrix(x_rows.pointer, self.problem.dtype, (self.m, K), x_rows.stride, box),
             w.pointer,
             w.factors_pointer,
             0 if bias is None else framework.pointer(bias),
-            y_pointer,
+            y_rows.pointer,
             partials,
             counters,
-            y_stride,
+            y_rows.stride,
             self.m,
             N,
             slabs_n,
             self.grid.tiles_m,
             self.grid.tiles // self.grid.tiles_m,
-            y_pointer % 16 == 0 and (self.m == 1 or y_stride % 8 == 0),
+            y_rows.start_at(16),
             self.grid.tiles,
             slabs_k,
             self.grid.blocks,
             self.grid.whole,
             *divmod(self.grid.shared_tiles * slabs_k, self.grid.blocks),
         )
-        self.function.launch(self.grid.blocks * self.config.cluster, self.config.threads, stream, _ARGUMENTS)
+        blocks = self.grid.blocks * self.config.cluster
+        if dependent:
+            self.function.launch_dependent(w.writes, blocks, self.config.threads, stream, _ARGUMENTS)
+        else:
+            self.function.launch(blocks, self.config.threads, stream, _ARGUMENTS)
         return y
 
 
@@ -198,3 +425,62 @@ def kernel_source(spec: Spec, dtype: str, config: Config) -> str:
 def kernel_name(spec: Spec, dtype: str) -> str:
     """A readable file name for a compiled variant; the cache adds a hash."""
     return f"sm90_wgmma-{spec.format}-g{spec.layout.granule}-{dtype}"
+
+
+def _refuses_layer(spec: Spec, dtype: str, gpu: Gpu) -> str | None:
+    if gpu.arch != _ARCH:
+        return f"is made for {_ARCH}, and {gpu.name} is {gpu.arch}"
+    if dtype not in HALF_DTYPES:
+        return f"takes {' or '.join(HALF_DTYPES)} activations, not {dtype}"
+    if spec.scale_dtype != dtype:
+        return (
+            f"multiplies weights by their scale in the activations' type, and takes {spec.scale_dtype} scales with "
+            f"{spec.scale_dtype} activations, not with {dtype}"
+        )
+    if spec.shape[0] * 2 % _COPY_BYTES:
+        return f"copies x in rows that start at multiples of {_COPY_BYTES} bytes, and K={spec.shape[0]} is none of 8"
+    if not configs(spec.layout, gpu):
+        return f"needs more shared memory than the {gpu.shared_per_block} bytes of {gpu.name}"
+    return None
+
+
+class Sm90Wgmma(Kernel):
+    """Any number of rows on Hopper, every format and group size; the only one on a GPU that can be batch invariant."""
+
+    name = "sm90_wgmma"
+
+    def refuses(self, problem: Problem) -> str | None:
+        """Other GPUs, scales of another type than x, rows of x that the copy engine cannot step through."""
+        if problem.gpu is None:
+            return "runs on a GPU, and the weight is in host memory"
+        return _refuses_layer(problem.spec, problem.dtype, problem.gpu)
+
+    def candidates(self, problem: Problem) -> list[Candidate]:
+        """The tiles and grids with the least predicted times; with batch_invariant those of one split of K."""
+        assert problem.gpu is not None
+        m, layout, gpu = max(problem.M, 1), problem.spec.layout, problem.gpu
+        if problem.batch_invariant:
+            found = invariant_options(m, layout, gpu, invariant_split(layout, gpu))
+        else:
+            found = options(m, layout, gpu)
+        return [Candidate(self.name, tiling, us) for us, tiling in found[:_OFFERED]]
+
+    def source(self, problem: Problem, candidate: Candidate) -> tuple[str, str]:
+        """(name, source) for its tile."""
+        assert isinstance(candidate.configuration, Tiling)
+        spec, dtype = problem.spec, problem.dtype
+        return kernel_name(spec, dtype), kernel_source(spec, dtype, candidate.configuration.config)
+
+    def plan(self, problem: Problem, candidate: Candidate) -> Plan:
+        """Compile and load its tile."""
+        assert isinstance(candidate.configuration, Tiling)
+        return WgmmaPlan.make(candidate.configuration, problem)
+
+    def variants(self, spec: Spec, dtype: str, gpu: Gpu) -> Iterator[tuple[str, str]]:
+        """(name, source) of every kernel that ``spec`` can need on ``gpu``."""
+        if _refuses_layer(spec, dtype, gpu) is None:
+            for rated in configs(spec.layout, gpu):
+                yield kernel_name(spec, dtype), kernel_source(spec, dtype, rated.config)
+
+
+KERNEL = Sm90Wgmma()

@@ -1,0 +1,44 @@
+"""What a GPU takes for what every kernel does: reading a weight, decoding it, being launched.
+
+The rest of a kernel's costs is at the top of its own file. All of them were fitted to times of an H200
+(``examples/results/h200*.json``), and elsewhere an SM is taken to be as fast as there; only the number of SMs and the
+memory are those of the GPU at hand. Predictions rank candidates; times to rely on come from :func:`marlin_cupy.tune`.
+"""
+
+from __future__ import annotations
+
+import math
+
+from marlin_cupy.device import Gpu
+from marlin_cupy.kernels.problem import Problem
+from marlin_cupy.layout import Layout
+
+#: The part of the memory's nominal rate that reading a weight reaches, and what the launch of a kernel adds to that in
+#: a CUDA graph: a line through the read floors in examples/results/h200.json.
+_READ_SHARE = 0.885
+FLOOR_LAUNCH_US = 1.4
+#: How much longer an SM takes for a slab of a format than for one of int4, and where a granule is 32 or less than where
+#: it is 64 or 128, from examples/results/h200_variants.json. Formats that are not listed are taken to be like int4.
+_DECODE = {"uint4": 1.04, "nf4": 1.3}
+_FINE_GRANULE, _FINE_DECODE = 32, 1.1
+
+
+def read_us(nbytes: int, gpu: Gpu) -> float:
+    """Microseconds that all SMs of ``gpu`` together need to read so much, without any launch."""
+    return nbytes / (gpu.memory_gbs * _READ_SHARE * 1e3)
+
+
+def decode_factor(layout: Layout) -> float:
+    """The time of an SM for a slab of ``layout`` over that for a slab of int4 with group_size=128."""
+    return _DECODE.get(layout.format.name, 1.0) * (_FINE_DECODE if layout.granule <= _FINE_GRANULE else 1.0)
+
+
+def floor_us(problem: Problem) -> float | None:
+    """An estimate of the least time of ``problem`` on its GPU: its packed weight read once, and a launch.
+
+    None on the CPU. The memory's rate comes from the driver, or is a typical one of the architecture where the driver
+    does not tell, and a GPU whose L2 cache holds the weight can be faster: ``python -m marlin_cupy bench`` measures.
+    """
+    if problem.gpu is None:
+        return None
+    return FLOOR_LAUNCH_US + read_us(math.prod(problem.spec.layout.packed_shape), problem.gpu)
