@@ -81,8 +81,14 @@ extern "C" __global__ void __launch_bounds__(Tile::threads, Config::blocks_per_s
         now = now + Ring::bytes == ring + ring_bytes ? ring : now + Ring::bytes;
 
         if (++step == steps || left == 1) {
-            Output::finish(args, stripes, work.sums, exchange, tile, tile / args.tiles_m * Tile::rows,
-                           tile % args.tiles_m * Tile::tokens);
+            const int first = stripes.first_block(tile), last = stripes.last_block(tile);
+            const int row = tile / args.tiles_m * Tile::rows, token_in_y = tile % args.tiles_m * Tile::tokens;
+            if (first == last)
+                Output::finish(args, work.sums, exchange, row, token_in_y);
+            else
+                Output::finish_shared(
+                    args, work.sums, exchange, row, token_in_y, static_cast<int>(blockIdx.x), first, last,
+                    [&](int block) { return stripes.slot(block, tile); }, args.counters + tile);
             work.clear();
             step = 0;
             ++tile;

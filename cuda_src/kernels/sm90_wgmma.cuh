@@ -85,16 +85,6 @@ __device__ inline Segments segments_of(const Args& args) {
     return {args.schedule, static_cast<int>(blockIdx.x) / Tile::cluster};
 }
 
-// K range of this block within a segment: clusters divide it.
-struct Range {
-    int begin, end;
-    __device__ explicit Range(const Segment& segment) {
-        const int rank = static_cast<int>(cluster_rank()), length = segment.end - segment.begin;
-        begin = segment.begin + length * rank / Tile::cluster;
-        end = segment.begin + length * (rank + 1) / Tile::cluster;
-    }
-};
-
 struct Ring {
     int stage = 0;
     u32 parity = 0;
@@ -130,7 +120,7 @@ __device__ inline void produce_weights(const Args& args, u32 shared) {
         const int first = Corner(args, all.now.tile).row_block;
         const int count = args.slabs_n - first < Tile::slabs ? args.slabs_n - first : Tile::slabs;
         const i64 pitch = static_cast<i64>(args.schedule.steps) * Packed::slab_bytes;
-        const Range range(all.now);
+        const Segment range = all.now.part(static_cast<int>(cluster_rank()), Tile::cluster);
         const u8* source = args.weight + first * pitch + static_cast<i64>(range.begin) * Packed::slab_bytes;
         for (int k = range.begin; k < range.end; ++k, source += Packed::slab_bytes) {
             const u32 full = shared + Place::full + 8 * ring.stage;
@@ -149,7 +139,7 @@ __device__ inline void produce_x(const Args& args, u32 shared) {
     Ring ring;
     for (Segments all = segments_of(args); all.next();) {
         const int token = Corner(args, all.now.tile).token;
-        const Range range(all.now);
+        const Segment range = all.now.part(static_cast<int>(cluster_rank()), Tile::cluster);
         for (int k = range.begin; k < range.end; ++k) {
             const u32 full = shared + Place::full + 8 * ring.stage, x = shared + ring.stage * Place::x_bytes;
             barrier_wait(shared + Place::empty + 8 * ring.stage, ring.parity ^ 1);
@@ -182,7 +172,7 @@ struct Consumer {
     __device__ void run() {
         Ring ring;
         for (Segments all = segments_of(args); all.next();) {
-            const Range range(all.now);
+            const Segment range = all.now.part(static_cast<int>(cluster_rank()), Tile::cluster);
             const Corner corner(args, all.now.tile);
             load_factors(corner.row_block);
             multiply(ring, range.end - range.begin);

@@ -1,9 +1,9 @@
-// Who computes what, tile by tile: whole tiles first, then stripes over what is left.
+// Who computes what, tile by tile: stripes over the tiles that do not divide evenly, then whole tiles.
 //
-//   blocks = 4, tiles = 10, whole = 2          block b takes tiles b and b + 4 alone; tiles 8 and 9 form a line of K
-//                                              steps of which each block takes an equal stretch (MARLIN, Frantar et
-//   |0|1|2|3|4|5|6|7|--- 8 ---|--- 9 ---|      al. 2024, section 3.4). All blocks end together, and only the tiles of
-//                    | 0  | 1 | 2  | 3  |      the last wave are put together from parts.
+//   blocks = 4, tiles = 10, whole = 2          tiles 8 and 9 form a line of K steps of which each block takes an equal
+//                                              stretch (MARLIN, Frantar et al. 2024, section 3.4); block b then takes
+//   |--- 8 ---|--- 9 ---|0|1|2|3|4|5|6|7|      tiles b and b + 4 alone. All blocks end together, few tiles are put
+//   | 0  | 1 | 2  | 3  |                       together from parts, and that while the next weights are on their way.
 //
 // Divisions are slow, and nothing can be copied before the first segment is known: the host divides what it can.
 #pragma once
@@ -12,12 +12,18 @@
 struct Schedule {
     int tiles, steps;    // steps of K per tile
     int blocks;          // or clusters
-    int whole;           // tiles that each block computes alone
+    int whole;           // tiles that each block computes alone, the first `whole * blocks`
     int stretch, longer; // steps of the line per block, and how many blocks have one more
 };
 
 struct Segment {
     int tile, begin, end;  // steps of K
+
+    // Of the blocks of a cluster each takes a part of K.
+    __device__ Segment part(int rank, int parts) const {
+        const int length = end - begin;
+        return {tile, begin + length * rank / parts, begin + length * (rank + 1) / parts};
+    }
 };
 
 struct Segments {
@@ -31,17 +37,16 @@ struct Segments {
 
     // Goes on to the next segment; false after the last.
     __device__ bool next() {
-        if (count < plan.whole) {
-            now = {block + count++ * plan.blocks, 0, plan.steps};
-            return now.tile < plan.tiles;
+        const int line_end = begin(block + 1);
+        if (at < line_end) {
+            const int tile = at / plan.steps, from = at - tile * plan.steps;
+            const int length = line_end - at < plan.steps - from ? line_end - at : plan.steps - from;
+            now = {plan.whole * plan.blocks + tile, from, from + length};
+            at += length;
+            return true;
         }
-        const int end = begin(block + 1);
-        if (at >= end) return false;
-        const int tile = at / plan.steps, from = at - tile * plan.steps;
-        const int length = end - at < plan.steps - from ? end - at : plan.steps - from;
-        now = {plan.whole * plan.blocks + tile, from, from + length};
-        at += length;
-        return true;
+        now = {block + count * plan.blocks, 0, plan.steps};
+        return count++ < plan.whole && now.tile < plan.tiles;
     }
 
     // Of the segment at hand.

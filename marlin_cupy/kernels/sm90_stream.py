@@ -15,12 +15,13 @@ from marlin_cupy.frameworks import Framework, StreamFramework
 from marlin_cupy.jit import launch, source
 from marlin_cupy.kernels.costs import decode_factor, read_us
 from marlin_cupy.kernels.operands import Rows, output
+from marlin_cupy.kernels.segments import Segments
 from marlin_cupy.kernels.problem import Candidate, Configuration, Kernel, Plan, Problem
 from marlin_cupy.layout import SLAB_K, SLAB_N, Layout
 from marlin_cupy.tensor import QuantizedTensor, Spec
 
-#: struct Args of the twin: four pointers, two strides, seven ints.
-_ARGS = struct.Struct("=4Q2q7i4x")
+#: struct Args of the twin: six pointers, two strides, eleven ints.
+_ARGS = struct.Struct("=6Q2q11i4x")
 _ARGUMENTS = launch.ArgumentBlock(_ARGS.size)
 _ARCH = "sm_90a"
 _MAX_M = 16
@@ -57,8 +58,8 @@ class Config:
         """Dynamic shared memory of a block; the kernel asserts the same number."""
         slot = 2 * layout.half_bytes + self.tokens * SLAB_K * 2 + 8
         exchange = self.warps_k * 8 * (SLAB_N + 4) * 4
-        shares = 2 * self.tokens * SLAB_N * 4
-        return layout.format.table_bytes + self.warps_k * self.slots * slot + exchange + shares
+        shares = (self.cluster - 1) * self.tokens * SLAB_N * 4
+        return layout.format.table_bytes + self.warps_k * self.slots * slot + 16 + exchange + shares
 
     def cpp(self) -> str:
         """The C++ struct."""
@@ -131,21 +132,24 @@ def configs(m: int, layout: Layout, gpu: Gpu) -> list[Config]:
 
 @dataclass(frozen=True)
 class Streams(Configuration):
-    """A block, and how many clusters of them share the tiles, all resident at once."""
+    """A block, and how the tiles are shared out among all of them, which are resident at once."""
 
     dependent: ClassVar[bool] = True
 
     config: Config
-    clusters: int
+    segments: Segments
 
     @property
     def key(self) -> str:
-        """The numbers of the block, then the clusters."""
-        return f"{'-'.join(map(str, dataclasses.astuple(self.config)))}/{self.clusters}"
+        """The numbers of the block, then the clusters and the tiles that each computes alone."""
+        numbers = "-".join(map(str, dataclasses.astuple(self.config)))
+        return f"{numbers}/{self.segments.blocks}x{self.segments.whole}"
 
     def __str__(self) -> str:
         exchange = "partial tiles are added in rank order" if self.config.cluster > 1 else "no tile is cut"
-        return f"{self.config}; {self.clusters * self.config.cluster} blocks, {exchange}; dependent launch"
+        if self.segments.shared:
+            exchange = f"partial tiles of {self.segments.shared} are added in block order"
+        return f"{self.config}; {self.segments.blocks * self.config.cluster} blocks, {exchange}; dependent launch"
 
 
 def rounds(config: Config, layout: Layout, gpu: Gpu) -> int:
@@ -184,7 +188,7 @@ class StreamPlan(Plan):
 
     function: launch.Function
     config: Config
-    clusters: int
+    segments: Segments
     m: int
     dependent_shared_bytes: int
 
@@ -202,11 +206,11 @@ class StreamPlan(Plan):
             all_shared_bytes(streams.config, problem.gpu),
         )
         shared_bytes = dependent_shared_bytes(streams.config, problem.spec.layout, problem.gpu)
-        return StreamPlan(function, streams.config, streams.clusters, problem.M, shared_bytes)
+        return StreamPlan(function, streams.config, streams.segments, problem.M, shared_bytes)
 
     def __str__(self) -> str:
         return (
-            f"{Streams(self.config, self.clusters)} with {self.dependent_shared_bytes} bytes of shared memory a block"
+            f"{Streams(self.config, self.segments)} with {self.dependent_shared_bytes} bytes of shared memory a block"
         )
 
     def multiply(
@@ -219,7 +223,13 @@ class StreamPlan(Plan):
         if self.m == 0:
             return y
         x_rows, y_rows = Rows.of(framework, x, self.m), Rows.of(framework, y, self.m)
-        slabs_n, slabs_k, _ = w.layout.packed_shape
+        stream = framework.stream(w.device)
+        partials, counters = 0, 0
+        if self.segments.shared:
+            floats = 2 * self.segments.blocks * SLAB_N * self.config.tokens
+            scratch = framework.empty((floats,), "float32", w.device)
+            partials = framework.pointer(scratch)
+            counters = launch.counters(w.device.index).address(stream, self.segments.shared)
         _ARGS.pack_into(
             _ARGUMENTS.data,
             0,
@@ -227,18 +237,18 @@ class StreamPlan(Plan):
             x_rows.pointer,
             0 if bias is None else framework.pointer(bias),
             y_rows.pointer,
+            partials,
+            counters,
             x_rows.stride,
             y_rows.stride,
             self.m,
             N,
             K,
-            slabs_n,
-            slabs_k,
             x_rows.start_at(16),
             y_rows.start_at(8),
+            *self.segments.struct(w.layout.packed_shape[1]),
         )
-        blocks = self.clusters * self.config.cluster
-        stream = framework.stream(w.device)
+        blocks = self.segments.blocks * self.config.cluster
         if dependent:
             self.function.launch_dependent(
                 w.writes, blocks, self.config.threads, stream, _ARGUMENTS, self.dependent_shared_bytes
