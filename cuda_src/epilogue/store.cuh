@@ -54,19 +54,19 @@ struct Epilogue {
 
     // Leaves this block's part of a tile in global memory; of the blocks `first` to `last` that share it, the one that
     // arrives last adds the parts in block order, so that the result does not depend on who that is. `slot(block)`
-    // numbers the parts. The counter releases and acquires for all threads, which the barriers around it order.
+    // numbers the parts; `arrived` is a word of shared memory. The counter releases and acquires for all threads, which the
+    // barriers around it order.
     template <class Args, class Sums, class Slot>
     static __device__ void finish_shared(const Args& args, const Sums& sums, float* buffer, int row, int token, int block,
-                                         int first, int last, Slot slot, u32* counter) {
+                                         int first, int last, Slot slot, u32* counter, u32 arrived) {
         const int tokens_left = args.M - token;
         float* part = args.partials + static_cast<i64>(slot(block)) * tile_floats;
         gather(sums, buffer, tokens_left, [&](int t, int r, const float4& sum) {
             *reinterpret_cast<float4*>(part + t * Tile::rows + r) = sum;
         });
-        __shared__ u32 arrived;
-        if (threadIdx.x == 0) arrived = increment_wrapping(counter, last - first);
+        if (threadIdx.x == 0) store_shared(arrived, increment_wrapping(counter, last - first));
         __syncthreads();
-        if (arrived != static_cast<u32>(last - first)) return;
+        if (load_shared(arrived) != static_cast<u32>(last - first)) return;
         const int valid = (tokens_left < Tile::tokens ? tokens_left : Tile::tokens) * quads;
 #pragma unroll 1
         for (int base = threadIdx.x; base < valid; base += batch * Tile::threads) {

@@ -6,13 +6,12 @@
 //   |<------ cluster rank 0 --------->|
 //
 // A warp waits for nothing but its own copies: no barrier of the block, no work of other warps. It decodes a slab,
-// multiplies it, and refills the slot. Nobody else needs these weights or this x, so nothing is shared until a segment
-// (schedule/segments.cuh) of a tile of 64 outputs ends. Then the warps add up through shared memory; if the tile is
-// shared, the blocks of a cluster through the shared memory of its first, other blocks through global memory, all in a
-// fixed order. Copies for the next segment are under way meanwhile.
+// multiplies it, and refills the slot. Nobody else needs these weights or this x, so nothing is shared until a tile of
+// 64 outputs ends. Then the warps add up through shared memory, and the blocks of a cluster, each with a share of K,
+// through each other's shared memory, both in a fixed order. Copies for the next tile are under way meanwhile.
 //
-// In a dependent launch the first weights are copied while the kernel ahead still runs; x and y wait for its end. The
-// next kernel may start at once, for the same reason.
+// The kernel ahead in the stream may still run when this one starts (ptx/dependent_launch.cuh). It does not write weights,
+// the host sees to that, so the rings' first slabs are under way before the wait; x, bias and y are touched after it.
 //
 // Against sm80_gemm this changes several things at once: bulk copies that leave L2 first, rings without a block barrier
 // (24 slabs an SM, 100 KB of int4), sums exchanged in the cluster. What each is worth was not measured apart.
@@ -25,21 +24,19 @@
 #include "ptx/cluster.cuh"
 #include "ptx/dependent_launch.cuh"
 #include "ptx/warpgroup.cuh"
-#include "schedule/segments.cuh"
 
 struct Args {
     const u8* weight;
     const u16* x;
     const u16* bias;  // or null
     u16* y;
-    float* partials;  // two tiles per block where blocks share tiles
-    u32* counters;    // one per shared tile, 0 before and after
     i64 x_stride;     // elements between tokens
     i64 y_stride;
     int M, N, K;
+    int slabs_n, slabs_k;
+    int rounds;       // tiles of the busiest cluster
     int x_vector;     // token rows start at multiples of 16 bytes
     int y_vector;     // of 8 bytes
-    Schedule schedule;
 };
 
 struct Tile : Config {
@@ -52,27 +49,14 @@ struct Tile : Config {
     static constexpr int k = SLAB_K;
 };
 
-__device__ inline Segments segments_of(const Args& args) {
-    return {args.schedule, static_cast<int>(blockIdx.x) / Config::cluster};
-}
-
-// The slabs of a warp: every warps_k-th of the block's, counted on from one segment to the next.
+// Where a warp is on its way through its slabs: a share of K of one tile, then the same of the next tile.
 struct Walk {
-    Segments segments;
-    Segment now{};
-    int slab = 0;
-    bool left = true;
+    int tile, slab, left;
 
-    __device__ Walk(const Args& args, int warp) : segments(segments_of(args)) { skip(warp); }
-
-    __device__ void skip(int slabs) {
-        slab += slabs;
-        while (left && slab >= now.end) {
-            const int over = slab - now.end;
-            left = segments.next();
-            now = segments.now.part(static_cast<int>(cluster_rank()), Config::cluster);
-            slab = now.begin + over;
-        }
+    __device__ void advance(int k_begin, int k_end, int clusters) {
+        --left;
+        slab += Tile::warps_k;
+        if (slab >= k_end) slab = k_begin, tile += clusters;
     }
 };
 
@@ -108,9 +92,9 @@ extern "C" __global__ void __cluster_dims__(Config::cluster) __launch_bounds__(T
     using Place = Stage<Tile, Packed>;
     constexpr int ring_bytes = Tile::warps_k * Config::slots * Place::bytes;
     constexpr int barrier_bytes = (Tile::warps_k * Config::slots + 2) * 8;
-    constexpr int share_bytes = (Config::cluster - 1) * Tile::tokens * Tile::rows * 4;
-    static_assert(Decoder::table_bytes + ring_bytes + barrier_bytes + Output::bytes + share_bytes == SHARED_BYTES,
-                  "the host twin reserves this much");
+    constexpr int share_bytes = Tile::tokens * Tile::rows * 4;
+    constexpr int bytes = Decoder::table_bytes + ring_bytes + barrier_bytes + Output::bytes + (Config::cluster - 1) * share_bytes;
+    static_assert(bytes == SHARED_BYTES, "the host twin reserves this much");
 
     allow_next_kernel();
     extern __shared__ __align__(128) u8 shared[];
@@ -118,22 +102,29 @@ extern "C" __global__ void __cluster_dims__(Config::cluster) __launch_bounds__(T
     const int warp = threadIdx.x / WARP, lane = threadIdx.x % WARP;
     const u32 ring = table + Decoder::table_bytes + warp * Config::slots * Place::bytes;
     const u32 barriers = table + Decoder::table_bytes + ring_bytes + warp * Config::slots * 8;
-    const u32 arrived = table + Decoder::table_bytes + ring_bytes + Tile::warps_k * Config::slots * 8;
     u8* const after = shared + Decoder::table_bytes + ring_bytes + barrier_bytes;
     float* const exchange = reinterpret_cast<float*>(after);
     const u32 shares = shared_address(after + Output::bytes);
+    const u32 arrived = table + Decoder::table_bytes + ring_bytes + Tile::warps_k * Config::slots * 8;
 
+    // This warp's slabs: for each tile of this cluster, every warps_k-th slab of this rank's share of K.
+    const int rank = static_cast<int>(cluster_rank());
+    const int clusters = gridDim.x / Config::cluster, first_tile = blockIdx.x / Config::cluster;
+    const int k_begin = args.slabs_k * rank / Config::cluster + warp;
+    const int k_end = args.slabs_k * (rank + 1) / Config::cluster;
+    const int per_tile = k_begin < k_end ? (k_end - k_begin + Tile::warps_k - 1) / Tile::warps_k : 0;
+    const int tiles = args.rounds - (first_tile + (args.rounds - 1) * clusters < args.slabs_n ? 0 : 1);
     const u64 policy = policy_evict_first();
+
     auto copy_weights = [&](int slot, const Walk& at) {
-        if (at.left && elect_lane()) {
-            const i64 slab = static_cast<i64>(at.now.tile) * args.schedule.steps + at.slab;
+        const u8* source = args.weight + (static_cast<i64>(at.tile) * args.slabs_k + at.slab) * Packed::slab_bytes;
+        if (at.left > 0 && elect_lane()) {
             barrier_expect(barriers + 8 * slot, Packed::slab_bytes);
-            copy_bulk(ring + slot * Place::bytes, args.weight + slab * Packed::slab_bytes, Packed::slab_bytes,
-                      barriers + 8 * slot, policy);
+            copy_bulk(ring + slot * Place::bytes, source, Packed::slab_bytes, barriers + 8 * slot, policy);
         }
     };
     auto copy_x = [&](int slot, const Walk& at) {
-        if (at.left) copy_tokens<Place>(args, ring + slot * Place::bytes, at.slab);
+        if (at.left > 0) copy_tokens<Place>(args, ring + slot * Place::bytes, at.slab);
         copy_commit();  // a group for each slot, also an empty one: copy_wait counts groups
     };
     if (lane == 0) {
@@ -145,11 +136,11 @@ extern "C" __global__ void __cluster_dims__(Config::cluster) __launch_bounds__(T
         barrier_init_fence();
     }
     __syncwarp();
-    Walk next(args, warp);
+    Walk next = {first_tile, k_begin, tiles * per_tile};
     Walk ahead = next;
     for (int slot = 0; slot < Config::slots; ++slot) {
         copy_weights(slot, ahead);
-        ahead.skip(Tile::warps_k);
+        ahead.advance(k_begin, k_end, clusters);
     }
     if (Config::cluster > 1) cluster_arrive();
     Decoder::fill_table(table, threadIdx.x, Tile::threads);
@@ -158,17 +149,15 @@ extern "C" __global__ void __cluster_dims__(Config::cluster) __launch_bounds__(T
     wait_for_previous_kernel();
     for (int slot = 0; slot < Config::slots; ++slot) {
         copy_x(slot, next);
-        next.skip(Tile::warps_k);
+        next.advance(k_begin, k_end, clusters);
     }
 
     WarpTile<Tile, Packed, Decoder, Activation, Scale, GRANULE> work;
-    int slot = 0, first = warp;  // of the slabs of a segment, this warp's first
+    int slot = 0;
     u32 parity = 0;
-    for (Segments all = segments_of(args); all.next();) {
-        const Segment mine = all.now.part(static_cast<int>(cluster_rank()), Config::cluster);
+    for (int t = 0; t < tiles; ++t) {
         work.clear();
-        int k = mine.begin + first;
-        for (; k < mine.end; k += Tile::warps_k) {
+        for (int i = 0; i < per_tile; ++i) {
             copy_wait<Config::slots - 1>();
             __syncwarp();
             barrier_wait(barriers + 8 * slot, parity);
@@ -177,41 +166,31 @@ extern "C" __global__ void __cluster_dims__(Config::cluster) __launch_bounds__(T
             __syncwarp();
             copy_weights(slot, next);
             copy_x(slot, next);
-            next.skip(Tile::warps_k);
+            next.advance(k_begin, k_end, clusters);
             if (++slot == Config::slots) slot = 0, parity ^= 1;
         }
-        first = k - mine.end;
 
-        const int row = all.now.tile * Tile::rows;
-        if (Config::cluster > 1) {  // one tile: all blocks but the first send their sums to it
-            const int rank = static_cast<int>(cluster_rank());
-            if (rank > 0)
-                cluster_wait();  // the first block has started
-            else
-                barrier_wait(arrived, 0);
-            const u32 remote = cluster_address(shares + (rank - 1) * Tile::tokens * Tile::rows * 4, 0);
-            const u32 remote_arrived = cluster_address(arrived, 0);
-            Output::gather(work.sums, exchange, args.M, [&](int token, int r, const float4& sum) {
-                const u32 offset = (token * Tile::rows + r) * 4;
-                if (rank > 0) {
-                    store_cluster_async(remote + offset, sum, remote_arrived);
-                    return;
-                }
-                float4 total = sum;
-#pragma unroll
-                for (int other = 0; other < Config::cluster - 1; ++other) {
-                    const Vec4 v = load_shared_vec4(shares + other * Tile::tokens * Tile::rows * 4 + offset);
-                    Output::add(total, {__uint_as_float(v.word[0]), __uint_as_float(v.word[1]),
-                                        __uint_as_float(v.word[2]), __uint_as_float(v.word[3])});
-                }
-                Output::store(args, token, row + r, total);
-            });
-        } else if (all.is_shared()) {
-            Output::finish_shared(
-                args, work.sums, exchange, row, 0, all.block, all.first_block(), all.last_block(),
-                [&](int block) { return all.slot(block); }, args.counters + all.shared_tile());
-        } else {
-            Output::finish(args, work.sums, exchange, row, 0);
+        const int row = (first_tile + t * clusters) * Tile::rows;
+        if (Config::cluster == 1) {
+            Output::gather(work.sums, exchange, args.M,
+                           [&](int token, int r, const float4& sum) { Output::store(args, token, row + r, sum); });
+            continue;
         }
+        // A cluster has one tile. All its blocks send their sums to the first, which adds them up in rank order.
+        if (rank > 0) cluster_wait();  // the first has started
+        const u32 there = cluster_address(shares + (rank - 1) * share_bytes, 0), arrived_there = cluster_address(arrived, 0);
+        Output::gather(work.sums, exchange, args.M, [&](int token, int r, const float4& sum) {
+            const int offset = (token * Tile::rows + r) * 4;
+            if (rank > 0) {
+                store_cluster_async(there + offset, sum, arrived_there);
+                return;
+            }
+            barrier_wait(arrived, 0);
+            float4 total = sum;
+#pragma unroll
+            for (int other = 0; other < Config::cluster - 1; ++other)
+                Output::add(total, load_shared_float4(shares + other * share_bytes + offset));
+            Output::store(args, token, row + r, total);
+        });
     }
 }

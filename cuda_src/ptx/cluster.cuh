@@ -1,4 +1,4 @@
-// Thread block clusters: rank, barrier, and reading a neighbour's shared memory (sm_90).
+// Thread block clusters: rank, barrier, and writing into a neighbour's shared memory (sm_90).
 #pragma once
 #include "ptx/types.cuh"
 
@@ -17,12 +17,6 @@ __device__ inline void cluster_wait() {
     asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory");
 }
 
-// All threads of all blocks; what was written to shared memory before is visible after.
-__device__ inline void cluster_sync() {
-    cluster_arrive();
-    cluster_wait();
-}
-
 // The address in the whole cluster of what lies at `shared` in block `rank`.
 __device__ inline u32 cluster_address(u32 shared, u32 rank) {
     u32 remote;
@@ -35,14 +29,4 @@ __device__ inline void store_cluster_async(u32 remote, float4 v, u32 barrier) {
     asm volatile("st.async.weak.shared::cluster.mbarrier::complete_tx::bytes.v4.f32 [%0], {%1, %2, %3, %4}, [%5];" ::"r"(remote),
                  "f"(v.x), "f"(v.y), "f"(v.z), "f"(v.w), "r"(barrier)
                  : "memory");
-}
-
-__device__ inline float4 load_cluster(u32 shared, u32 rank) {
-    const u32 remote = cluster_address(shared, rank);
-    float4 v;
-    asm volatile("ld.shared::cluster.v4.f32 {%0, %1, %2, %3}, [%4];"
-                 : "=f"(v.x), "=f"(v.y), "=f"(v.z), "=f"(v.w)
-                 : "r"(remote)
-                 : "memory");
-    return v;
 }

@@ -15,13 +15,12 @@ from marlin_cupy.frameworks import Framework, StreamFramework
 from marlin_cupy.jit import launch, source
 from marlin_cupy.kernels.costs import decode_factor, read_us
 from marlin_cupy.kernels.operands import Rows, output
-from marlin_cupy.kernels.segments import Segments
 from marlin_cupy.kernels.problem import Candidate, Configuration, Kernel, Plan, Problem
 from marlin_cupy.layout import SLAB_K, SLAB_N, Layout
 from marlin_cupy.tensor import QuantizedTensor, Spec
 
-#: struct Args of the twin: six pointers, two strides, eleven ints.
-_ARGS = struct.Struct("=6Q2q11i4x")
+#: struct Args of the twin: four pointers, two strides, eight ints.
+_ARGS = struct.Struct("=4Q2q8i")
 _ARGUMENTS = launch.ArgumentBlock(_ARGS.size)
 _ARCH = "sm_90a"
 _MAX_M = 16
@@ -132,24 +131,21 @@ def configs(m: int, layout: Layout, gpu: Gpu) -> list[Config]:
 
 @dataclass(frozen=True)
 class Streams(Configuration):
-    """A block, and how the tiles are shared out among all of them, which are resident at once."""
+    """A block, and how many clusters of them share the tiles, all resident at once."""
 
     dependent: ClassVar[bool] = True
 
     config: Config
-    segments: Segments
+    clusters: int
 
     @property
     def key(self) -> str:
-        """The numbers of the block, then the clusters and the tiles that each computes alone."""
-        numbers = "-".join(map(str, dataclasses.astuple(self.config)))
-        return f"{numbers}/{self.segments.blocks}x{self.segments.whole}"
+        """The numbers of the block, then the clusters."""
+        return f"{'-'.join(map(str, dataclasses.astuple(self.config)))}/{self.clusters}"
 
     def __str__(self) -> str:
         exchange = "partial tiles are added in rank order" if self.config.cluster > 1 else "no tile is cut"
-        if self.segments.shared:
-            exchange = f"partial tiles of {self.segments.shared} are added in block order"
-        return f"{self.config}; {self.segments.blocks * self.config.cluster} blocks, {exchange}; dependent launch"
+        return f"{self.config}; {self.clusters * self.config.cluster} blocks, {exchange}; dependent launch"
 
 
 def rounds(config: Config, layout: Layout, gpu: Gpu) -> int:
@@ -188,7 +184,7 @@ class StreamPlan(Plan):
 
     function: launch.Function
     config: Config
-    segments: Segments
+    clusters: int
     m: int
     dependent_shared_bytes: int
 
@@ -206,11 +202,11 @@ class StreamPlan(Plan):
             all_shared_bytes(streams.config, problem.gpu),
         )
         shared_bytes = dependent_shared_bytes(streams.config, problem.spec.layout, problem.gpu)
-        return StreamPlan(function, streams.config, streams.segments, problem.M, shared_bytes)
+        return StreamPlan(function, streams.config, streams.clusters, problem.M, shared_bytes)
 
     def __str__(self) -> str:
         return (
-            f"{Streams(self.config, self.segments)} with {self.dependent_shared_bytes} bytes of shared memory a block"
+            f"{Streams(self.config, self.clusters)} with {self.dependent_shared_bytes} bytes of shared memory a block"
         )
 
     def multiply(
@@ -223,13 +219,7 @@ class StreamPlan(Plan):
         if self.m == 0:
             return y
         x_rows, y_rows = Rows.of(framework, x, self.m), Rows.of(framework, y, self.m)
-        stream = framework.stream(w.device)
-        partials, counters = 0, 0
-        if self.segments.shared:
-            floats = 2 * self.segments.blocks * SLAB_N * self.config.tokens
-            scratch = framework.empty((floats,), "float32", w.device)
-            partials = framework.pointer(scratch)
-            counters = launch.counters(w.device.index).address(stream, self.segments.shared)
+        slabs_n, slabs_k, _ = w.layout.packed_shape
         _ARGS.pack_into(
             _ARGUMENTS.data,
             0,
@@ -237,18 +227,19 @@ class StreamPlan(Plan):
             x_rows.pointer,
             0 if bias is None else framework.pointer(bias),
             y_rows.pointer,
-            partials,
-            counters,
             x_rows.stride,
             y_rows.stride,
             self.m,
             N,
             K,
+            slabs_n,
+            slabs_k,
+            -(-slabs_n // self.clusters),
             x_rows.start_at(16),
             y_rows.start_at(8),
-            *self.segments.struct(w.layout.packed_shape[1]),
         )
-        blocks = self.segments.blocks * self.config.cluster
+        blocks = self.clusters * self.config.cluster
+        stream = framework.stream(w.device)
         if dependent:
             self.function.launch_dependent(
                 w.writes, blocks, self.config.threads, stream, _ARGUMENTS, self.dependent_shared_bytes
@@ -295,6 +286,8 @@ class Sm90Stream(Kernel):
         layout, gpu = problem.spec.layout, problem.gpu
         found = []
         for config in configs(problem.M, layout, gpu):
+            if config.cluster > 1 and rounds(config, layout, gpu) > 1:
+                continue
             clusters = -(-layout.packed_shape[0] // rounds(config, layout, gpu))
             found.append(Candidate(self.name, Streams(config, clusters), predicted_us(config, layout, gpu)))
         return found
