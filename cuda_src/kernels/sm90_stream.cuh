@@ -37,6 +37,7 @@ struct Args {
     int rounds;       // tiles of the busiest cluster
     int x_vector;     // token rows start at multiples of 16 bytes
     int y_vector;     // of 8 bytes
+    int dependent;    // a kernel ahead may still run
 };
 
 struct Tile : Config {
@@ -91,9 +92,9 @@ extern "C" __global__ void __cluster_dims__(Config::cluster) __launch_bounds__(T
     using Output = Epilogue<Tile, Activation>;
     using Place = Stage<Tile, Packed>;
     constexpr int ring_bytes = Tile::warps_k * Config::slots * Place::bytes;
-    constexpr int barrier_bytes = (Tile::warps_k * Config::slots + 2) * 8;
-    constexpr int share_bytes = Tile::tokens * Tile::rows * 4;
-    constexpr int bytes = Decoder::table_bytes + ring_bytes + barrier_bytes + Output::bytes + (Config::cluster - 1) * share_bytes;
+    constexpr int barrier_bytes = Tile::warps_k * Config::slots * 8;
+    constexpr int share_bytes = Config::cluster > 1 ? 2 * Tile::tokens * Tile::rows * 4 : 0;
+    constexpr int bytes = Decoder::table_bytes + ring_bytes + barrier_bytes + Output::bytes + share_bytes;
     static_assert(bytes == SHARED_BYTES, "the host twin reserves this much");
 
     allow_next_kernel();
@@ -104,8 +105,7 @@ extern "C" __global__ void __cluster_dims__(Config::cluster) __launch_bounds__(T
     const u32 barriers = table + Decoder::table_bytes + ring_bytes + warp * Config::slots * 8;
     u8* const after = shared + Decoder::table_bytes + ring_bytes + barrier_bytes;
     float* const exchange = reinterpret_cast<float*>(after);
-    const u32 shares = shared_address(after + Output::bytes);
-    const u32 arrived = table + Decoder::table_bytes + ring_bytes + Tile::warps_k * Config::slots * 8;
+    float* const shares = reinterpret_cast<float*>(after + Output::bytes);
 
     // This warp's slabs: for each tile of this cluster, every warps_k-th slab of this rank's share of K.
     const int rank = static_cast<int>(cluster_rank());
@@ -129,25 +129,26 @@ extern "C" __global__ void __cluster_dims__(Config::cluster) __launch_bounds__(T
     };
     if (lane == 0) {
         for (int slot = 0; slot < Config::slots; ++slot) barrier_init(barriers + 8 * slot, 1);
-        if (Config::cluster > 1 && warp == 0) {
-            barrier_init(arrived, 1);
-            barrier_expect(arrived, (Config::cluster - 1) * args.M * Tile::rows * 4);
-        }
         barrier_init_fence();
     }
     __syncwarp();
+    // Weights do not wait for the kernel ahead, x does. Where none is ahead, a slot's x goes right behind its weights:
+    // behind those of all slots it would arrive after them.
     Walk next = {first_tile, k_begin, tiles * per_tile};
-    Walk ahead = next;
-    for (int slot = 0; slot < Config::slots; ++slot) {
-        copy_weights(slot, ahead);
-        ahead.advance(k_begin, k_end, clusters);
+    if (args.dependent) {
+        Walk ahead = next;
+#pragma unroll 1
+        for (int slot = 0; slot < Config::slots; ++slot) {
+            copy_weights(slot, ahead);
+            ahead.advance(k_begin, k_end, clusters);
+        }
     }
-    if (Config::cluster > 1) cluster_arrive();
     Decoder::fill_table(table, threadIdx.x, Tile::threads);
     if (Decoder::table_bytes) __syncthreads();
-
     wait_for_previous_kernel();
+#pragma unroll 1
     for (int slot = 0; slot < Config::slots; ++slot) {
+        if (!args.dependent) copy_weights(slot, next);
         copy_x(slot, next);
         next.advance(k_begin, k_end, clusters);
     }
@@ -176,21 +177,22 @@ extern "C" __global__ void __cluster_dims__(Config::cluster) __launch_bounds__(T
                            [&](int token, int r, const float4& sum) { Output::store(args, token, row + r, sum); });
             continue;
         }
-        // A cluster has one tile. All its blocks send their sums to the first, which adds them up in rank order.
-        if (rank > 0) cluster_wait();  // the first has started
-        const u32 there = cluster_address(shares + (rank - 1) * share_bytes, 0), arrived_there = cluster_address(arrived, 0);
+        float* const mine = shares + t % 2 * Tile::tokens * Tile::rows;
         Output::gather(work.sums, exchange, args.M, [&](int token, int r, const float4& sum) {
-            const int offset = (token * Tile::rows + r) * 4;
-            if (rank > 0) {
-                store_cluster_async(there + offset, sum, arrived_there);
-                return;
-            }
-            barrier_wait(arrived, 0);
-            float4 total = sum;
-#pragma unroll
-            for (int other = 0; other < Config::cluster - 1; ++other)
-                Output::add(total, load_shared_float4(shares + other * share_bytes + offset));
-            Output::store(args, token, row + r, total);
+            *reinterpret_cast<float4*>(mine + token * Tile::rows + r) = sum;
         });
+        cluster_arrive();
+        cluster_wait();
+        const int quads = args.M * Output::quads;
+        for (int q = threadIdx.x * Config::cluster + rank; q < quads; q += Tile::threads * Config::cluster) {
+            float4 sum = {0.0f, 0.0f, 0.0f, 0.0f};
+#pragma unroll
+            for (int r = 0; r < Config::cluster; ++r) Output::add(sum, load_cluster(shared_address(mine + 4 * q), r));
+            Output::store(args, q / Output::quads, row + q % Output::quads * 4, sum);
+        }
+    }
+    if (Config::cluster > 1) {  // no block leaves while another reads its shared memory
+        cluster_arrive();
+        cluster_wait();
     }
 }

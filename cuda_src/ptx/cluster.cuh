@@ -1,4 +1,4 @@
-// Thread block clusters: rank, barrier, and writing into a neighbour's shared memory (sm_90).
+// Thread block clusters: rank, barrier, and a neighbour's shared memory (sm_90).
 #pragma once
 #include "ptx/types.cuh"
 
@@ -29,4 +29,14 @@ __device__ inline void store_cluster_async(u32 remote, float4 v, u32 barrier) {
     asm volatile("st.async.weak.shared::cluster.mbarrier::complete_tx::bytes.v4.f32 [%0], {%1, %2, %3, %4}, [%5];" ::"r"(remote),
                  "f"(v.x), "f"(v.y), "f"(v.z), "f"(v.w), "r"(barrier)
                  : "memory");
+}
+
+__device__ inline float4 load_cluster(u32 shared, u32 rank) {
+    const u32 remote = cluster_address(shared, rank);
+    float4 v;
+    asm volatile("ld.shared::cluster.v4.f32 {%0, %1, %2, %3}, [%4];"
+                 : "=f"(v.x), "=f"(v.y), "=f"(v.z), "=f"(v.w)
+                 : "r"(remote)
+                 : "memory");
+    return v;
 }

@@ -16,15 +16,6 @@ __device__ inline Vec4 load_shared_vec4(u32 address) {
     return v;
 }
 
-__device__ inline float4 load_shared_float4(u32 address) {
-    float4 v;
-    asm volatile("ld.shared.v4.f32 {%0, %1, %2, %3}, [%4];"
-                 : "=f"(v.x), "=f"(v.y), "=f"(v.z), "=f"(v.w)
-                 : "r"(address)
-                 : "memory");
-    return v;
-}
-
 __device__ inline void store_shared(u32 address, u32 word) {
     asm volatile("st.shared.b32 [%0], %1;" ::"r"(address), "r"(word) : "memory");
 }

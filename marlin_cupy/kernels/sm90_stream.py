@@ -19,8 +19,8 @@ from marlin_cupy.kernels.problem import Candidate, Configuration, Kernel, Plan, 
 from marlin_cupy.layout import SLAB_K, SLAB_N, Layout
 from marlin_cupy.tensor import QuantizedTensor, Spec
 
-#: struct Args of the twin: four pointers, two strides, eight ints.
-_ARGS = struct.Struct("=4Q2q8i")
+#: struct Args of the twin: four pointers, two strides, nine ints.
+_ARGS = struct.Struct("=4Q2q9i4x")
 _ARGUMENTS = launch.ArgumentBlock(_ARGS.size)
 _ARCH = "sm_90a"
 _MAX_M = 16
@@ -57,8 +57,8 @@ class Config:
         """Dynamic shared memory of a block; the kernel asserts the same number."""
         slot = 2 * layout.half_bytes + self.tokens * SLAB_K * 2 + 8
         exchange = self.warps_k * 8 * (SLAB_N + 4) * 4
-        shares = (self.cluster - 1) * self.tokens * SLAB_N * 4
-        return layout.format.table_bytes + self.warps_k * self.slots * slot + 16 + exchange + shares
+        shares = 2 * self.tokens * SLAB_N * 4 if self.cluster > 1 else 0
+        return layout.format.table_bytes + self.warps_k * self.slots * slot + exchange + shares
 
     def cpp(self) -> str:
         """The C++ struct."""
@@ -237,6 +237,7 @@ class StreamPlan(Plan):
             -(-slabs_n // self.clusters),
             x_rows.start_at(16),
             y_rows.start_at(8),
+            dependent,
         )
         blocks = self.clusters * self.config.cluster
         stream = framework.stream(w.device)
@@ -286,8 +287,6 @@ class Sm90Stream(Kernel):
         layout, gpu = problem.spec.layout, problem.gpu
         found = []
         for config in configs(problem.M, layout, gpu):
-            if config.cluster > 1 and rounds(config, layout, gpu) > 1:
-                continue
             clusters = -(-layout.packed_shape[0] // rounds(config, layout, gpu))
             found.append(Candidate(self.name, Streams(config, clusters), predicted_us(config, layout, gpu)))
         return found
