@@ -239,7 +239,10 @@ def slots(config: Config, gpu: Gpu) -> int:
 
 
 def grid_of(config: Config, m: int, layout: Layout, gpu: Gpu, stripes: bool) -> Grid:
-    """``stripes``: all SMs work, and share the last tiles; else every tile is computed by one block or cluster."""
+    """``stripes``: all SMs work, and share the last tiles; else every tile is computed by one block or cluster.
+
+    Blocks that share tiles get a slab or more each: the kernel counts every block between a tile's first and last.
+    """
     tiles_m = -(-m // config.tokens)
     tiles = tiles_m * -(-layout.packed_shape[0] * SLAB_N // config.rows)
     if config.cluster > 1:
@@ -247,8 +250,12 @@ def grid_of(config: Config, m: int, layout: Layout, gpu: Gpu, stripes: bool) -> 
     most = slots(config, gpu)
     if not stripes:
         return Grid(min(tiles, most), tiles, tiles_m, -(-tiles // most))
-    most = min(most, tiles * layout.packed_shape[1])
-    return Grid(most, tiles, tiles_m, tiles // most)
+    slabs_k = layout.packed_shape[1]
+    most = min(most, tiles * slabs_k)
+    whole = tiles // most
+    if 0 < (tiles - whole * most) * slabs_k < most:
+        whole -= 1  # too little is left for all: a round of tiles more
+    return Grid(most, tiles, tiles_m, whole)
 
 
 def invariant_grid(config: Config, m: int, layout: Layout, gpu: Gpu) -> Grid:
@@ -277,7 +284,7 @@ def predicted_us(rated: RatedConfig, grid: Grid, layout: Layout, gpu: Gpu) -> fl
         busy_us += _CLUSTER_US + _CLUSTER_SHARE_US * share
     if grid.shared_tiles:
         stretch = grid.shared_tiles * slabs_k / grid.blocks + _STRIPE_SLABS
-        shares = -(-grid.blocks // grid.shared_tiles)
+        shares = max(2, -(-grid.blocks // grid.shared_tiles))
         busy_us += stretch * slab_us + _TILE_US + _STRIPE_US + shares * (_SHARE_US + _SHARE_BYTES_US * share)
     memory_us = read_us(slabs_n * slabs_k * slab_bytes, gpu)
     return float(_LAUNCH_US + (busy_us**_OVERLAP + memory_us**_OVERLAP) ** (1 / _OVERLAP))
