@@ -430,7 +430,7 @@ def kernel_name(spec: Spec, dtype: str) -> str:
     return f"sm90_wgmma-{spec.format}-g{spec.layout.granule}-{dtype}"
 
 
-def _refuses_layer(spec: Spec, dtype: str, gpu: Gpu) -> str | None:
+def _refuses_any_shape(spec: Spec, dtype: str, gpu: Gpu) -> str | None:
     if gpu.arch != _ARCH:
         return f"is made for {_ARCH}, and {gpu.name} is {gpu.arch}"
     if dtype not in HALF_DTYPES:
@@ -440,8 +440,6 @@ def _refuses_layer(spec: Spec, dtype: str, gpu: Gpu) -> str | None:
             f"multiplies weights by their scale in the activations' type, and takes {spec.scale_dtype} scales with "
             f"{spec.scale_dtype} activations, not with {dtype}"
         )
-    if spec.shape[0] * 2 % _COPY_BYTES:
-        return f"copies x in rows that start at multiples of {_COPY_BYTES} bytes, and K={spec.shape[0]} is none of 8"
     if not configs(spec.layout, gpu):
         return f"needs more shared memory than the {gpu.shared_per_block} bytes of {gpu.name}"
     return None
@@ -456,7 +454,10 @@ class Sm90Wgmma(Kernel):
         """Other GPUs, scales of another type than x, rows of x that the copy engine cannot step through."""
         if problem.gpu is None:
             return "runs on a GPU, and the weight is in host memory"
-        return _refuses_layer(problem.spec, problem.dtype, problem.gpu)
+        K = problem.spec.shape[0]
+        if K * 2 % _COPY_BYTES:
+            return f"copies x in rows that start at multiples of {_COPY_BYTES} bytes, and K={K} is no multiple of 8"
+        return _refuses_any_shape(problem.spec, problem.dtype, problem.gpu)
 
     def candidates(self, problem: Problem) -> list[Candidate]:
         """The tiles and grids with the least predicted times; with batch_invariant those of one split of K."""
@@ -481,7 +482,7 @@ class Sm90Wgmma(Kernel):
 
     def variants(self, spec: Spec, dtype: str, gpu: Gpu) -> Iterator[tuple[str, str]]:
         """(name, source) of every kernel that ``spec`` can need on ``gpu``."""
-        if _refuses_layer(spec, dtype, gpu) is None:
+        if _refuses_any_shape(spec, dtype, gpu) is None:
             for rated in configs(spec.layout, gpu):
                 yield kernel_name(spec, dtype), kernel_source(spec, dtype, rated.config)
 
