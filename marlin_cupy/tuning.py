@@ -292,10 +292,11 @@ def _distance(y: Array, expected: Array) -> float:
 def tolerance(problem: Problem) -> float:
     """The largest difference of two right results, over the largest magnitude of a result.
 
-    Each rounds y once, u of its largest value at most, and a codebook's values besides, which costs as much on average
-    where the values of x are random; both twice over, since errors of single elements are larger than the average one.
+    Each rounds y once, u of its largest value at most, some round every weight after its scale, and all a codebook's
+    values besides, which costs as much on average where the values of x are random; all of it twice over, since errors
+    of single elements are larger than the average one.
     Sums of K products in float32 are off by less than 2 sqrt(K) u |x| |W| except with small probability (Higham and
     Mary 2019, doi:10.1137/18M1226312), and |x| |W| is below sqrt(K) times a typical element where x is random.
     """
-    roundings = 2 if formats.get(problem.spec.format).table is None else 4
+    roundings = 3 if formats.get(problem.spec.format).table is None else 5
     return 2 * (roundings * ROUNDOFF[problem.dtype] + 2 * problem.spec.shape[0] * ROUNDOFF[FLOAT32])

@@ -9,7 +9,7 @@ import tempfile
 import hypothesis
 import pytest
 
-from marlin_cupy.device import gpu_count
+from marlin_cupy.device import gpu, gpu_count
 from marlin_cupy.jit.cache import BUNDLE_VARIABLE, CACHE_VARIABLE
 
 # Before JAX is imported: it must leave GPU memory to the other libraries.
@@ -23,6 +23,7 @@ _CACHE = pytest.StashKey[str]()
 
 def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "gpu: needs a CUDA GPU; runs only when -m asks for it (pytest -m gpu).")
+    config.addinivalue_line("markers", "hopper: about a kernel for sm_90a; left out on other GPUs.")
     if not hasattr(config, "workerinput"):  # workers of pytest-xdist inherit the environment
         config.stash[_CACHE] = tempfile.mkdtemp(prefix="marlin_cupy-tests-")
         os.environ[CACHE_VARIABLE] = config.stash[_CACHE]
@@ -44,3 +45,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         raise pytest.UsageError(
             f"-m {config.option.markexpr!r} selects {len(on_gpu)} GPU tests and this machine has no usable CUDA GPU."
         )
+    elif on_gpu and gpu().arch != "sm_90a":
+        elsewhere = [item for item in items if item.get_closest_marker("hopper")]
+        items[:] = [item for item in items if not item.get_closest_marker("hopper")]
+        config.hook.pytest_deselected(items=elsewhere)

@@ -81,6 +81,11 @@ def assert_same_bits(a: cupy.ndarray, b: cupy.ndarray, case: str = "") -> None:
     assert count == 0, f"{case}: {count} of {a.size} elements differ"
 
 
+def kernel_of(M: int, dtype: Any, w: mc.QuantizedTensor) -> str:
+    """Name of the kernel that multiplies M aligned rows."""
+    return mc.explain((M, w.shape[0]), dtype, w).kernel
+
+
 def is_cut(M: int, dtype: Any, w: mc.QuantizedTensor) -> bool:
     """Whether several blocks share an output tile and exchange partial sums."""
     config = mc.explain((M, w.shape[0]), dtype, w).config

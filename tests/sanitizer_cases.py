@@ -23,12 +23,15 @@ from product import Product
 import marlin_cupy as mc
 from marlin_cupy import frameworks
 from marlin_cupy.device import gpu
-from marlin_cupy.kernels import Problem, sm80_gemm, sm90_stream
+from marlin_cupy.kernels import Problem, sm80_gemm, sm90_stream, sm90_wgmma
 from marlin_cupy.kernels.sm80_gemm import Sm80Plan, Tiling
 from marlin_cupy.kernels.sm90_stream import StreamPlan, Streams
+from marlin_cupy.kernels.sm90_wgmma import WgmmaPlan
 
 #: (K, N): edges in both directions; and enough steps for blocks to share a tile.
 SHAPES = ((75, 70), (1100, 200))
+#: The same with rows that sm90_wgmma takes, and more tiles for its blocks.
+WGMMA_SHAPES = ((72, 70), (1096, 700))
 GROUP_SIZE = {"int4": 128, "uint4": 48, "int8": 64, "nf4": 32}
 _NAN = 0x7FFF  # in fp16 and in bf16
 
@@ -68,26 +71,56 @@ def stream_plans(dtype: str, w: mc.QuantizedTensor) -> Iterator[StreamPlan]:
                         yield StreamPlan.make(Streams(config, clusters), problem)
 
 
+def wgmma_plans(dtype: str, w: mc.QuantizedTensor, only_every: int) -> Iterator[WgmmaPlan]:
+    """Every configuration for less than a tile of rows and for a few more: tiles whole and shared in several ways."""
+    if sm90_wgmma.KERNEL.refuses(Problem(1, dtype, w.spec, gpu())) is not None:
+        return
+    for rated in sm90_wgmma.configs(w.layout, gpu())[::only_every]:
+        config = rated.config
+        for M in (config.tokens - 3, config.tokens + 5):
+            whole = sm90_wgmma.grid_of(config, M, w.layout, gpu(), stripes=False)
+            grids = [whole]
+            if config.cluster == 1:  # two blocks with several tiles each, and one that is cut among three and more
+                tiles, steps = whole.tiles, w.layout.packed_shape[1]
+                grids.append(dataclasses.replace(whole, blocks=min(2, tiles), whole=-(-tiles // min(2, tiles))))
+                cut = [tiles - 1, tiles * 2 // 3, tiles * 3, tiles * steps]
+                for blocks in sorted(blocks for blocks in set(cut) if blocks > 0 and tiles % blocks):
+                    alone = tiles // blocks if tiles % blocks * steps >= blocks else max(0, tiles // blocks - 1)
+                    grids.append(dataclasses.replace(whole, blocks=blocks, whole=alone))
+            problem = Problem(M, dtype, w.spec, gpu())
+            for grid in dict.fromkeys(grids):
+                yield WgmmaPlan.make(sm90_wgmma.Tiling(config, grid), problem)
+
+
 def check_plans(format: str, dtype: str, only_every: int) -> tuple[int, int]:
     """Numbers of launches with whole tiles and with shared ones."""
     launches = [0, 0]
-    for K, N in SHAPES:
+    for K, N in SHAPES + WGMMA_SHAPES:
         on_host = mc.quantize(gaussian(K, N, seed=K), format, GROUP_SIZE[format], scale_dtype=dtype)
         w = on_host.to("cuda")
-        x, bias = rows((80, K), seed=N, dtype=dtype), rows((N,), seed=K, dtype=dtype)
+        x, bias = rows((261, K), seed=N, dtype=dtype), rows((N,), seed=K, dtype=dtype)
         exact = Product(*(part.astype(np.float64) for part in (x, on_host.dequantize("float32"), bias)))
-        for plan in (*plans(format, dtype, w, only_every), *stream_plans(dtype, w)):
+        portable = () if (K, N) in WGMMA_SHAPES else (*plans(format, dtype, w, only_every), *stream_plans(dtype, w))
+        for plan in (*portable, *wgmma_plans(dtype, w, only_every)):
             x_gpu, bias_gpu = to_gpu(x[: plan.m]), to_gpu(bias)
-            for dependent in (False, True) if isinstance(plan, StreamPlan) else (False,):
+            for dependent in (False,) if isinstance(plan, Sm80Plan) else (False, True):
                 out = cupy.asarray(np.full((plan.m, N), _NAN, np.uint16)).view(DTYPES[dtype])
                 plan.multiply(frameworks.of(x_gpu), x_gpu, w, bias_gpu, out, False)
                 if dependent:  # behind a launch, which it can overlap with
                     plan.multiply(frameworks.of(x_gpu), x_gpu, w, bias_gpu, out, True)
                     plan.multiply(frameworks.of(x_gpu), x_gpu, w, bias_gpu, out, True)
                 case = f"{format} {dtype} {plan}, dependent={dependent}"
-                exact.check(to_host(out).astype(np.float64), dtype, format, gpu=True, case=case)
-                launches[plan.config.cluster > 1 if isinstance(plan, StreamPlan) else plan.grid.is_cut] += 1
+                kernel = "sm90_wgmma" if isinstance(plan, WgmmaPlan) else ""
+                exact.check(to_host(out).astype(np.float64), dtype, format, gpu=True, kernel=kernel, case=case)
+                launches[is_shared(plan)] += 1
     return launches[0], launches[1]
+
+
+def is_shared(plan: Sm80Plan | StreamPlan | WgmmaPlan) -> bool:
+    """Whether blocks exchange parts of tiles."""
+    if isinstance(plan, Sm80Plan):
+        return plan.grid.is_cut
+    return plan.config.cluster > 1 or (isinstance(plan, WgmmaPlan) and plan.grid.shared_tiles > 0)
 
 
 def check_addresses() -> int:

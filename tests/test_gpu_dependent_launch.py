@@ -23,7 +23,7 @@ from marlin_cupy.jit.launch import Function
 
 pytestmark = pytest.mark.gpu
 
-every_m = pytest.mark.parametrize("M", [1, 8, 16])
+every_m = pytest.mark.parametrize("M", [1, 8, 16, 40, 300])
 K, N = 2048, 1024
 
 _SLOW_COPY = r"""

@@ -47,7 +47,14 @@ def test_every_candidate_is_right(name: str, dtype: str) -> None:
                 out, guard = poisoned_with_guard(M, N, dtype)
                 rows = x[:M]
                 kernels.plan(problem, candidate).multiply(frameworks.of(rows), rows, w, None, out, True)
-                product.check(float64(out), dtype, name, gpu=True, case=f"M={M}, K={K}, N={N}: {candidate}")
+                product.check(
+                    float64(out),
+                    dtype,
+                    name,
+                    gpu=True,
+                    kernel=candidate.kernel,
+                    case=f"M={M}, K={K}, N={N}: {candidate}",
+                )
                 assert is_poison(guard), str(candidate)
 
 
@@ -69,7 +76,9 @@ def test_tune_finds_nothing_wrong_and_its_choice_is_used(cache_folder: Path, nam
             assert str(plan_of(each, row.M, "float16")) == row.chosen.config
         x = activations(row.M, 2048, "float16")
         product = Product(float64(x), float64(w.dequantize("float32")))
-        product.check(float64(mc.matmul(x, other)), "float16", name, gpu=True, case=str(row.chosen))
+        product.check(
+            float64(mc.matmul(x, other)), "float16", name, gpu=True, kernel=row.chosen.kernel, case=str(row.chosen)
+        )
     assert "not tuned" in mc.explain((2, 2048), "float16", w).reason
     kept = json.loads((cache_folder / tuned.FILE).read_text())
     assert {row["gpu"] for row in kept["rows"]} == {gpu().name}

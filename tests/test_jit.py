@@ -75,14 +75,16 @@ def test_an_architecture_can_be_named_without_its_own_instructions() -> None:
 @every_dtype
 @pytest.mark.parametrize("arch", ["sm_80", "sm_90a"])
 def test_nothing_spills_at_the_default_group_size(arch: str, dtype: str) -> None:
-    found = {configuration(text): build(text, arch).spill_bytes for text in sources(spec(), dtype, GPUS[arch])}
+    mma_sync = [text for text in sources(spec(), dtype, GPUS[arch]) if "wgmma<" not in text]  # test_wgmma.py has others
+    found = {configuration(text): build(text, arch).spill_bytes for text in mma_sync}
+    assert found
     assert not {config: spills for config, spills in found.items() if spills}
 
 
 @every_format
 @every_dtype
 def test_every_format_compiles(name: str, dtype: str) -> None:
-    for text in sources(spec(name), dtype, H200)[::2]:
+    for text in sources(spec(name), dtype, H200)[::5]:
         build(text, "sm_90a")
 
 
@@ -90,7 +92,7 @@ def test_every_format_compiles(name: str, dtype: str) -> None:
 @pytest.mark.parametrize("group_size", [16, 32, 64, -1])
 def test_every_granule_compiles(name: str, group_size: int) -> None:
     for dtype, scale_dtype in (HALF, HALF[::-1]):
-        for text in sources(spec(name, group_size, scale_dtype), dtype, H200)[1::5]:
+        for text in sources(spec(name, group_size, scale_dtype), dtype, H200)[1::9]:
             build(text, "sm_90a")
 
 

@@ -239,7 +239,10 @@ def slots(config: Config, gpu: Gpu) -> int:
 
 
 def grid_of(config: Config, m: int, layout: Layout, gpu: Gpu, stripes: bool) -> Grid:
-    """``stripes``: all SMs work, and share the last tiles; else every tile is computed by one block or cluster."""
+    """``stripes``: all SMs work, and share the last tiles; else every tile is computed by one block or cluster.
+
+    Blocks that share tiles get a slab or more each: the kernel counts every block between a tile's first and last.
+    """
     tiles_m = -(-m // config.tokens)
     tiles = tiles_m * -(-layout.packed_shape[0] * SLAB_N // config.rows)
     if config.cluster > 1:
@@ -247,8 +250,12 @@ def grid_of(config: Config, m: int, layout: Layout, gpu: Gpu, stripes: bool) -> 
     most = slots(config, gpu)
     if not stripes:
         return Grid(min(tiles, most), tiles, tiles_m, -(-tiles // most))
-    most = min(most, tiles * layout.packed_shape[1])
-    return Grid(most, tiles, tiles_m, tiles // most)
+    slabs_k = layout.packed_shape[1]
+    most = min(most, tiles * slabs_k)
+    whole = tiles // most
+    if 0 < (tiles - whole * most) * slabs_k < most:
+        whole -= 1  # too little is left for all: a round of tiles more
+    return Grid(most, tiles, tiles_m, whole)
 
 
 def invariant_grid(config: Config, m: int, layout: Layout, gpu: Gpu) -> Grid:
@@ -277,7 +284,7 @@ def predicted_us(rated: RatedConfig, grid: Grid, layout: Layout, gpu: Gpu) -> fl
         busy_us += _CLUSTER_US + _CLUSTER_SHARE_US * share
     if grid.shared_tiles:
         stretch = grid.shared_tiles * slabs_k / grid.blocks + _STRIPE_SLABS
-        shares = -(-grid.blocks // grid.shared_tiles)
+        shares = max(2, -(-grid.blocks // grid.shared_tiles))
         busy_us += stretch * slab_us + _TILE_US + _STRIPE_US + shares * (_SHARE_US + _SHARE_BYTES_US * share)
     memory_us = read_us(slabs_n * slabs_k * slab_bytes, gpu)
     return float(_LAUNCH_US + (busy_us**_OVERLAP + memory_us**_OVERLAP) ** (1 / _OVERLAP))
@@ -427,7 +434,7 @@ def kernel_name(spec: Spec, dtype: str) -> str:
     return f"sm90_wgmma-{spec.format}-g{spec.layout.granule}-{dtype}"
 
 
-def _refuses_layer(spec: Spec, dtype: str, gpu: Gpu) -> str | None:
+def _refuses_any_shape(spec: Spec, dtype: str, gpu: Gpu) -> str | None:
     if gpu.arch != _ARCH:
         return f"is made for {_ARCH}, and {gpu.name} is {gpu.arch}"
     if dtype not in HALF_DTYPES:
@@ -437,8 +444,6 @@ def _refuses_layer(spec: Spec, dtype: str, gpu: Gpu) -> str | None:
             f"multiplies weights by their scale in the activations' type, and takes {spec.scale_dtype} scales with "
             f"{spec.scale_dtype} activations, not with {dtype}"
         )
-    if spec.shape[0] * 2 % _COPY_BYTES:
-        return f"copies x in rows that start at multiples of {_COPY_BYTES} bytes, and K={spec.shape[0]} is none of 8"
     if not configs(spec.layout, gpu):
         return f"needs more shared memory than the {gpu.shared_per_block} bytes of {gpu.name}"
     return None
@@ -453,7 +458,10 @@ class Sm90Wgmma(Kernel):
         """Other GPUs, scales of another type than x, rows of x that the copy engine cannot step through."""
         if problem.gpu is None:
             return "runs on a GPU, and the weight is in host memory"
-        return _refuses_layer(problem.spec, problem.dtype, problem.gpu)
+        K = problem.spec.shape[0]
+        if K * 2 % _COPY_BYTES:
+            return f"copies x in rows that start at multiples of {_COPY_BYTES} bytes, and K={K} is no multiple of 8"
+        return _refuses_any_shape(problem.spec, problem.dtype, problem.gpu)
 
     def candidates(self, problem: Problem) -> list[Candidate]:
         """The tiles and grids with the least predicted times; with batch_invariant those of one split of K."""
@@ -478,7 +486,7 @@ class Sm90Wgmma(Kernel):
 
     def variants(self, spec: Spec, dtype: str, gpu: Gpu) -> Iterator[tuple[str, str]]:
         """(name, source) of every kernel that ``spec`` can need on ``gpu``."""
-        if _refuses_layer(spec, dtype, gpu) is None:
+        if _refuses_any_shape(spec, dtype, gpu) is None:
             for rated in configs(spec.layout, gpu):
                 yield kernel_name(spec, dtype), kernel_source(spec, dtype, rated.config)
 
