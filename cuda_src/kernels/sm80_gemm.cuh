@@ -19,6 +19,7 @@
 
 struct Args {
     const u8* weight;    // packed slabs
+    const float* factors; // of each output, see formats/codec.cuh
     const u16* x;
     const u16* bias;     // or null
     u16* y;
@@ -73,6 +74,10 @@ extern "C" __global__ void __launch_bounds__(Tile::threads, Config::blocks_per_s
     work.clear();
 
     int tile = static_cast<int>(begin / steps), step = static_cast<int>(begin % steps);
+    const auto load_factors = [&](int tile) {
+        work.load_factors(args.factors, tile / args.tiles_m * Tile::rows + 16 * row_atom, args.slabs_n * SLAB_N);
+    };
+    load_factors(tile);
     u32 now = ring, refill = ring + ring_bytes - Ring::bytes;
     for (; left > 0; --left) {
         copy_wait<Tile::stages - 2>();
@@ -82,6 +87,7 @@ extern "C" __global__ void __launch_bounds__(Tile::threads, Config::blocks_per_s
         now = now + Ring::bytes == ring + ring_bytes ? ring : now + Ring::bytes;
 
         if (++step == steps || left == 1) {
+            work.undo_factors();
             const int first = stripes.first_block(tile), last = stripes.last_block(tile);
             const int row = tile / args.tiles_m * Tile::rows, token_in_y = tile % args.tiles_m * Tile::tokens;
             if (first == last)
@@ -93,7 +99,7 @@ extern "C" __global__ void __launch_bounds__(Tile::threads, Config::blocks_per_s
                     shared_address(&arrived));
             work.clear();
             step = 0;
-            ++tile;
+            load_factors(++tile);
         }
     }
 }

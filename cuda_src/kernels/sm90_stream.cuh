@@ -48,6 +48,7 @@ struct Tile : Config {
     static constexpr int rows = SLAB_N;
     static constexpr int tokens = 8 * Config::token_tiles;
     static constexpr int k = SLAB_K;
+    static constexpr bool scale_weights = false;
 };
 
 // Where a warp is on its way through its slabs: a share of K of one tile, then the same of the next tile.

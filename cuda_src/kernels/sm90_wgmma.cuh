@@ -401,7 +401,7 @@ private:
     __device__ void store(const float* s, const float (&factor)[2], int row, int token) const {
         const u32 turn = shared + Place::turn + threadIdx.x / WARP * Place::turn_bytes;
         float bias[2] = {0.0f, 0.0f};
-        const float undo[2] = {1.0f / (factor[0] * Scaled::unit), 1.0f / (factor[1] * Scaled::unit)};  // powers of two
+        const float undo[2] = {inverse_power(factor[0] * Scaled::unit), inverse_power(factor[1] * Scaled::unit)};
         if (args.bias) {
 #pragma unroll
             for (int i = 0; i < 2; ++i) {

@@ -1,8 +1,9 @@
 // Shared -> registers -> tensor cores: one warp's share of a K step.
 //
-// Weights are the row operand: a lane's 16 bytes are its A fragments of several atoms, decoded in registers without
-// scale. Products of one granule gather in `partial`; its scale is applied when they join `sums`, in fp32. That is
-// exact where scaling the weights would round each of them.
+// Weights are the row operand: a lane's 16 bytes are its A fragments of several atoms, decoded in registers. Then either
+// products of one granule gather in `partial`, and its scale is applied when they join `sums`, in fp32: exact, and cheap
+// for few tokens. Or (Tile::scale_weights) decoding multiplies by the scale, which rounds each weight once, and the
+// products join `sums` at once: fewer registers and instructions for many tokens.
 #pragma once
 #include "layout.cuh"
 #include "mainloop/pipeline.cuh"
@@ -15,7 +16,33 @@ struct WarpTile {
     static constexpr int token_tiles = Tile::token_tiles;
     using Place = Stage<Tile, Layout>;
 
+    using Scaled = typename Codec::Scaled;
+
     float sums[row_atoms][token_tiles][4];
+    float factor[row_atoms][2];  // of rows g and g + 8, see Scaled
+
+    // Before the first step of a tile: `row` is this warp's first output.
+    __device__ void load_factors(const float* factors, int row, int rows) {
+        if (!Tile::scale_weights) return;
+#pragma unroll
+        for (int r = 0; r < row_atoms; ++r)
+#pragma unroll
+            for (int i = 0; i < 2; ++i) {
+                const int mine = row + 16 * r + 8 * i + threadIdx.x % WARP / 4;
+                factor[r][i] = Scaled::needs_factors && mine < rows ? factors[mine] : 1.0f;
+            }
+    }
+
+    // After the last: sums of weights times scales without factors.
+    __device__ void undo_factors() {
+        if (!Tile::scale_weights) return;
+#pragma unroll
+        for (int r = 0; r < row_atoms; ++r)
+#pragma unroll
+            for (int t = 0; t < token_tiles; ++t)
+#pragma unroll
+                for (int i = 0; i < 4; ++i) sums[r][t][i] *= inverse_power(factor[r][i / 2] * Scaled::unit);
+    }
 
     __device__ void clear() {
 #pragma unroll
@@ -32,6 +59,7 @@ struct WarpTile {
         const int lane = threadIdx.x % WARP;
         float partial[row_atoms][token_tiles][4];
         typename Codec::Group group[row_atoms];
+        Scaled scaled[row_atoms];
         Vec4 codes[row_atoms];
 
 #pragma unroll
@@ -49,8 +77,14 @@ struct WarpTile {
             }
             if (opens) {
 #pragma unroll
-                for (int r = 0; r < row_atoms; ++r)
+                for (int r = 0; r < row_atoms; ++r) {
                     group[r] = Codec::group([&](int i) { return param(stage, i, row_atom + r, atom, lane); });
+                    if (Tile::scale_weights) {
+                        const u32 pair = param(stage, 0, row_atom + r, atom, lane);
+                        scaled[r] = Scaled(group[r], S::to_float(pair & 0xFFFFu) * factor[r][0],
+                                           S::to_float(pair >> 16) * factor[r][1]);
+                    }
+                }
             }
 
             u32 b[token_tiles][2];
@@ -58,16 +92,20 @@ struct WarpTile {
 #pragma unroll
             for (int r = 0; r < row_atoms; ++r) {
                 u32 weights[4];
-                Codec::decode(weights, &codes[r].word[(a % Layout::atoms_per_block) * Layout::words], group[r], table);
+                const u32* const words = &codes[r].word[(a % Layout::atoms_per_block) * Layout::words];
+                if (Tile::scale_weights)
+                    scaled[r].decode(weights, words, table);
+                else
+                    Codec::decode(weights, words, group[r], table);
 #pragma unroll
                 for (int t = 0; t < token_tiles; ++t) {
-                    if (opens) clear(partial[r][t]);
-                    mma<T>(partial[r][t], weights, b[t][0], b[t][1]);
+                    if (opens && !Tile::scale_weights) clear(partial[r][t]);
+                    mma<T>(Tile::scale_weights ? sums[r][t] : partial[r][t], weights, b[t][0], b[t][1]);
                 }
             }
 
             if (a == 0) meanwhile();
-            if (closes) {
+            if (closes && !Tile::scale_weights) {
 #pragma unroll
                 for (int r = 0; r < row_atoms; ++r) {
                     const u32 pair = param(stage, 0, row_atom + r, atom, lane);

@@ -13,6 +13,11 @@ struct alignas(16) Vec4 {
     u32 word[4];
 };
 
+// Of a power of two that is a normal number, as is the result; exact, and no division.
+__device__ inline float inverse_power(float power) {
+    return __uint_as_float(0x7F000000u - __float_as_uint(power));
+}
+
 // fp16: 11 significant bits.
 struct Float16 {
     static constexpr bool narrow = true;  // 5 bits of exponent

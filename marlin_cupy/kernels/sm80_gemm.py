@@ -19,8 +19,8 @@ from marlin_cupy.layout import HALF_N, SLAB_K, SLAB_N, Layout
 from marlin_cupy.tensor import QuantizedTensor, Spec
 
 _MIN_ARCH = 80
-#: struct Args of the twin: six pointers, two strides, nine ints.
-_ARGS = struct.Struct("=6Q2q9i4x")
+#: struct Args of the twin: seven pointers, two strides, nine ints.
+_ARGS = struct.Struct("=7Q2q9i4x")
 _ARGUMENTS = launch.ArgumentBlock(_ARGS.size)
 _WARP = 32
 _RESERVED_SHARED = 1024  # the driver's share of each block
@@ -42,6 +42,7 @@ class Config:
     k_atoms: int
     stages: int
     blocks_per_sm: int
+    scale_weights: bool = False
 
     @property
     def threads(self) -> int:
@@ -71,7 +72,7 @@ class Config:
 
     def cpp(self) -> str:
         """The C++ struct."""
-        fields = ", ".join(f"{name} = {value}" for name, value in dataclasses.asdict(self).items())
+        fields = ", ".join(f"{name} = {value:d}" for name, value in dataclasses.asdict(self).items())
         return f"struct Config {{ static constexpr int {fields}; }};"
 
     def __str__(self) -> str:
@@ -285,6 +286,7 @@ class Sm80Plan(Plan):
             _ARGUMENTS.data,
             0,
             w.pointer,
+            w.factors_pointer,
             x_rows.pointer,
             0 if bias is None else framework.pointer(bias),
             y_rows.pointer,
