@@ -28,7 +28,7 @@ from typing import Any
 
 from marlin_cupy.device import namespace
 from marlin_cupy.formats import Format
-from marlin_cupy.formats.scalars import to_bits
+from marlin_cupy.formats.scalars import from_bits, to_bits
 
 Array = Any  # a NumPy or CuPy array
 
@@ -37,6 +37,7 @@ SLAB_K = 128
 HALF_N = 32
 _LANE_BYTES = 16
 _BLOCK_BYTES = 32 * _LANE_BYTES
+_MAX_EXPONENT = 100  # of a range factor: it and its inverse stay normal numbers
 
 
 @dataclass(frozen=True)
@@ -142,6 +143,24 @@ class Layout:
             rows_of = bits.transpose(1, 3, 0, 2, 4, 6, 5).reshape(-1, slabs_n * SLAB_N)
             params[name] = rows_of[first_granule, :n]
         return xp.ascontiguousarray(codes), params
+
+    def range_factors(self, packed: Array) -> Array:
+        """float32 per output, padding included: the power of two that puts its largest scale into [2**14, 2**15).
+
+        Kernels that multiply float16 weights by their scale use it to stay in the middle of float16's range.
+
+        Args:
+            packed: uint8 (slabs_n, slabs_k, slab_bytes).
+        """
+        xp = namespace(packed)
+        slabs_n, slabs_k, _ = packed.shape
+        size = self.param_bytes // len(self.format.params)  # the scales come first
+        raw = xp.ascontiguousarray(packed.reshape(slabs_n, slabs_k, 2, self.half_bytes)[..., :size])
+        magnitudes = (raw.view(xp.uint16) & 0x7FFF).reshape(slabs_n, slabs_k, 2, SLAB_K // self.granule, 2, 8, 2)
+        largest = magnitudes.max(axis=(1, 3)).transpose(0, 1, 2, 4, 3).reshape(-1)  # half, 16 rows, row g or g + 8, g
+        _, exponent = xp.frexp(from_bits(xp.ascontiguousarray(largest), self.scale_dtype))
+        exponent = xp.where(largest == 0, 15, exponent)
+        return xp.ldexp(xp.float32(1), xp.clip(15 - exponent, -_MAX_EXPONENT, _MAX_EXPONENT)).astype(xp.float32)
 
     def _group_of_granule(self, xp: Any) -> Array:
         """Group index of each granule of the padded K; granules beyond K repeat the last group."""

@@ -77,7 +77,18 @@ class QuantizedTensor:
     (ceil(N/64), ceil(K/128), slab_bytes) of any library, see ``layout.py``.
     """
 
-    __slots__ = ("_native", "device", "layout", "packed", "plans", "pointer", "spec", "writes")
+    __slots__ = (
+        "_native",
+        "device",
+        "factors_pointer",
+        "layout",
+        "packed",
+        "plans",
+        "pointer",
+        "range_factors",
+        "spec",
+        "writes",
+    )
 
     # NumPy and CuPy leave ``x @ w`` to __rmatmul__ when they see these.
     __array_ufunc__ = None
@@ -86,7 +97,7 @@ class QuantizedTensor:
     #: matmul, set by ``api``, which is above this module.
     multiply: ClassVar[Callable[[Array, QuantizedTensor], Array]]
 
-    def __init__(self, spec: Spec, packed: Array) -> None:
+    def __init__(self, spec: Spec, packed: Array, *, range_factors: Array | None = None) -> None:
         framework, packed = frameworks.resolve(packed, "packed")
         layout = spec.layout
         if tuple(packed.shape) != layout.packed_shape or framework.dtype(packed) != "uint8":
@@ -103,8 +114,16 @@ class QuantizedTensor:
         self.device = framework.device(packed)
         self._native = native
         self.plans: dict[Any, Any] = {}  # launches by (M, dtype), kept by the kernels
-        self.pointer = 0 if self.device == CPU else int(native.data.ptr)
+        self.pointer, self.factors_pointer = 0, 0
         self.writes = writes.Writes() if self.device == CPU else writes.of_gpu(self.device.index)
+        if self.device != CPU:
+            self.pointer = int(native.data.ptr)
+            if range_factors is None:
+                with _on(self.device):
+                    range_factors = layout.range_factors(native)
+            self.factors_pointer = int(range_factors.data.ptr)
+        #: On a GPU, float32 per output, see Layout.range_factors. Tensors over the same memory share it.
+        self.range_factors = range_factors
         self.writes.mark()  # packed may have been filled a moment ago
 
     @property
@@ -192,7 +211,8 @@ class QuantizedTensor:
                 native = native.get()
             elif where == "cupy" and self.device == CPU:
                 return self.to("cuda")
-            return QuantizedTensor(self.spec, frameworks.by_name(where).from_native(native))
+            factors = None if where == "numpy" else self.range_factors
+            return QuantizedTensor(self.spec, frameworks.by_name(where).from_native(native), range_factors=factors)
         try:
             device = Device.parse(where)
         except ValueError:
@@ -201,7 +221,7 @@ class QuantizedTensor:
                 'or a device ("cpu", "cuda", "cuda:N").'
             ) from None
         if device == self.device:
-            return QuantizedTensor(self.spec, self._native)
+            return QuantizedTensor(self.spec, self._native, range_factors=self.range_factors)
         return QuantizedTensor(self.spec, _moved(self._native, device))
 
     def update_(self, weight: Array, search: str = "absmax") -> QuantizedTensor:
@@ -219,6 +239,7 @@ class QuantizedTensor:
             raise DeviceError(f"weight is on {device} and the packed buffer on {self.device}; move one of them.")
         with self.writes.writing():
             _encode(native, self.spec, search, self._native)
+            self._refresh_factors()
         return self
 
     def mark_written(self) -> None:
@@ -226,9 +247,17 @@ class QuantizedTensor:
 
         Call it when the kernel that writes has been enqueued and, where that was on another stream than the
         multiplication, or on a branch of a graph that is being captured, when the streams have been joined. The next
-        multiplication on each stream of this GPU is then a plain launch; see ``dependent`` of :func:`matmul`.
+        multiplication on each stream of this GPU is then a plain launch; see ``dependent`` of :func:`matmul`. What is
+        kept of the scales is read anew, on CuPy's current stream.
         """
-        self.writes.mark()
+        with self.writes.writing():
+            self._refresh_factors()
+
+    def _refresh_factors(self) -> None:
+        """In the same memory, since launches in graphs read it."""
+        if self.range_factors is not None:
+            with _on(self.device):
+                self.range_factors[...] = self.layout.range_factors(self._native)
 
     def __reduce__(self) -> tuple[type[QuantizedTensor], tuple[Spec, Array]]:
         # Copies and pickles are made by the constructor: an address and loaded kernels do not travel.

@@ -5,7 +5,6 @@
 #pragma once
 #include "ptx/global_memory.cuh"
 #include "ptx/shared_memory.cuh"
-#include "schedule/stripes.cuh"
 
 template <class Tile, class T>
 struct Epilogue {
@@ -46,37 +45,35 @@ struct Epilogue {
         }
     }
 
-    // Writes the tile, or this block's part of it; the block that arrives last adds the parts in block order, so that
-    // the result does not depend on who that is.
+    // Writes a tile that this block has computed alone.
     template <class Args, class Sums>
-    static __device__ void finish(const Args& args, const Stripes& stripes, const Sums& sums, float* buffer, int tile,
-                                  int row, int token) {
-        const int tokens_left = args.M - token;
-        const int first = stripes.first_block(tile), last = stripes.last_block(tile);
-        if (first == last) {
-            gather(sums, buffer, tokens_left,
-                   [&](int t, int r, const float4& sum) { store(args, token + t, row + r, sum); });
-            return;
-        }
+    static __device__ void finish(const Args& args, const Sums& sums, float* buffer, int row, int token) {
+        gather(sums, buffer, args.M - token,
+               [&](int t, int r, const float4& sum) { store(args, token + t, row + r, sum); });
+    }
 
-        float* part = args.partials + static_cast<i64>(stripes.slot(blockIdx.x, tile)) * tile_floats;
+    // Leaves this block's part of a tile in global memory; of the blocks `first` to `last` that share it, the one that
+    // arrives last adds the parts in block order, so that the result does not depend on who that is. `slot(block)`
+    // numbers the parts; `arrived` is a word of shared memory. The counter releases and acquires for all threads, which the
+    // barriers around it order.
+    template <class Args, class Sums, class Slot>
+    static __device__ void finish_shared(const Args& args, const Sums& sums, float* buffer, int row, int token, int block,
+                                         int first, int last, Slot slot, u32* counter, u32 arrived) {
+        const int tokens_left = args.M - token;
+        float* part = args.partials + static_cast<i64>(slot(block)) * tile_floats;
         gather(sums, buffer, tokens_left, [&](int t, int r, const float4& sum) {
             *reinterpret_cast<float4*>(part + t * Tile::rows + r) = sum;
         });
-        __threadfence();
+        if (threadIdx.x == 0) store_shared(arrived, increment_wrapping(counter, last - first));
         __syncthreads();
-        __shared__ u32 arrived;
-        if (threadIdx.x == 0) arrived = increment_wrapping(args.counters + tile, last - first);
-        __syncthreads();
-        if (arrived != static_cast<u32>(last - first)) return;
-        __threadfence();
+        if (load_shared(arrived) != static_cast<u32>(last - first)) return;
         const int valid = (tokens_left < Tile::tokens ? tokens_left : Tile::tokens) * quads;
 #pragma unroll 1
         for (int base = threadIdx.x; base < valid; base += batch * Tile::threads) {
             float4 sum[batch] = {};
 #pragma unroll 1
-            for (int block = first; block <= last; ++block) {
-                const float* other = args.partials + static_cast<i64>(stripes.slot(block, tile)) * tile_floats;
+            for (int each = first; each <= last; ++each) {
+                const float* other = args.partials + static_cast<i64>(slot(each)) * tile_floats;
                 float4 next[batch];
 #pragma unroll
                 for (int j = 0; j < batch; ++j)

@@ -7,6 +7,8 @@
 //   group(...)      makes it from parameters after the scale: param(i) is the pair (row g, row g + 8) of parameter i
 //   decode(...)     bits / 4 words -> the four registers of an m16k16 A fragment: 8 unscaled values of type T
 //
+//   Scaled          decodes weights times their scales, for kernels that do not scale accumulators; see ScaledWeights
+//
 // T is the type of the activations, S that of the parameters. Kernels multiply accumulators by the scale, so a
 // decoded value carries no rounding error unless the format's values have no exact T.
 #pragma once
@@ -25,5 +27,28 @@ struct ScaleOnly {
     template <class Param>
     static __device__ Group group(Param) {
         return {};
+    }
+};
+
+// Weights times scale times `unit`, a power of two: decoded, then multiplied, which rounds them once.
+//
+// Float16 has little range, so its kernels give scales times a factor of each output, a power of two that puts the
+// largest near 2^15; what is multiplied by them must then stay below 1 or so. `unit` is there for that.
+template <class Codec, class T, int largest_value>
+struct ScaledWeights {
+    static constexpr bool needs_factors = T::narrow;
+    static constexpr float unit = 1.0f / largest_value;
+    typename Codec::Group group;
+    u32 scale[2];  // of rows g and g + 8, in both halves
+
+    ScaledWeights() = default;
+    __device__ ScaledWeights(const typename Codec::Group& group, float scale_g, float scale_g8)
+        : group(group), scale{T::pack(scale_g * unit, scale_g * unit), T::pack(scale_g8 * unit, scale_g8 * unit)} {}
+
+    // Registers 0 and 2 of a fragment belong to row g, 1 and 3 to row g + 8.
+    __device__ void decode(u32 (&a)[4], const u32* words, u32 table) const {
+        Codec::decode(a, words, group, table);
+#pragma unroll
+        for (int p = 0; p < 4; ++p) a[p] = T::multiply(a[p], scale[p % 2]);
     }
 };

@@ -25,6 +25,8 @@ struct Bytes<BFloat16> {
 
 template <class T, class S>
 struct Codec : ScaleOnly<8> {
+    using Scaled = ScaledWeights<Codec, T, 128>;
+
     static __device__ void decode(u32 (&a)[4], const u32* words, const ScaleOnly<8>::Group&, u32) {
 #pragma unroll
         for (int p = 0; p < 4; ++p) a[p] = Bytes<T>::pair(p % 2, words[p / 2]);

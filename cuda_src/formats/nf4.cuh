@@ -8,6 +8,8 @@
 
 template <class T, class S>
 struct Codec : ScaleOnly<4> {
+    using Scaled = ScaledWeights<Codec, T, 1>;
+
     static constexpr int table_bytes = 256 * WARP * 4;
 
     static __device__ void fill_table(u32 table, int thread, int threads) {

@@ -5,6 +5,8 @@
 
 template <class T, class S>
 struct Codec {
+    using Scaled = ScaledWeights<Codec, T, 16>;
+
     static constexpr int params = 2;
     static constexpr int bits = 4;
     static constexpr int table_bytes = 0;

@@ -54,6 +54,7 @@ extern "C" __global__ void __launch_bounds__(Tile::threads, Config::blocks_per_s
     const u32 ring = table + Decoder::table_bytes;
     float* const exchange = reinterpret_cast<float*>(shared + Decoder::table_bytes + ring_bytes);
 
+    __shared__ u32 arrived;
     const int steps = (args.slabs_k + Ring::slabs - 1) / Ring::slabs;
     const Stripes stripes{steps, static_cast<int>(gridDim.x), static_cast<i64>(args.tiles) * steps};
     const i64 begin = stripes.begin(blockIdx.x);
@@ -81,8 +82,15 @@ extern "C" __global__ void __launch_bounds__(Tile::threads, Config::blocks_per_s
         now = now + Ring::bytes == ring + ring_bytes ? ring : now + Ring::bytes;
 
         if (++step == steps || left == 1) {
-            Output::finish(args, stripes, work.sums, exchange, tile, tile / args.tiles_m * Tile::rows,
-                           tile % args.tiles_m * Tile::tokens);
+            const int first = stripes.first_block(tile), last = stripes.last_block(tile);
+            const int row = tile / args.tiles_m * Tile::rows, token_in_y = tile % args.tiles_m * Tile::tokens;
+            if (first == last)
+                Output::finish(args, work.sums, exchange, row, token_in_y);
+            else
+                Output::finish_shared(
+                    args, work.sums, exchange, row, token_in_y, static_cast<int>(blockIdx.x), first, last,
+                    [&](int block) { return stripes.slot(block, tile); }, args.counters + tile,
+                    shared_address(&arrived));
             work.clear();
             step = 0;
             ++tile;

@@ -23,6 +23,7 @@
 #include "ptx/bulk_copy.cuh"
 #include "ptx/cluster.cuh"
 #include "ptx/dependent_launch.cuh"
+#include "ptx/warpgroup.cuh"
 
 struct Args {
     const u8* weight;
@@ -33,8 +34,10 @@ struct Args {
     i64 y_stride;
     int M, N, K;
     int slabs_n, slabs_k;
+    int rounds;       // tiles of the busiest cluster
     int x_vector;     // token rows start at multiples of 16 bytes
     int y_vector;     // of 8 bytes
+    int dependent;    // a kernel ahead may still run
 };
 
 struct Tile : Config {
@@ -90,9 +93,9 @@ extern "C" __global__ void __cluster_dims__(Config::cluster) __launch_bounds__(T
     using Place = Stage<Tile, Packed>;
     constexpr int ring_bytes = Tile::warps_k * Config::slots * Place::bytes;
     constexpr int barrier_bytes = Tile::warps_k * Config::slots * 8;
-    constexpr int share_bytes = 2 * Tile::tokens * Tile::rows * 4;
-    static_assert(Decoder::table_bytes + ring_bytes + barrier_bytes + Output::bytes + share_bytes == SHARED_BYTES,
-                  "the host twin reserves this much");
+    constexpr int share_bytes = Config::cluster > 1 ? 2 * Tile::tokens * Tile::rows * 4 : 0;
+    constexpr int bytes = Decoder::table_bytes + ring_bytes + barrier_bytes + Output::bytes + share_bytes;
+    static_assert(bytes == SHARED_BYTES, "the host twin reserves this much");
 
     allow_next_kernel();
     extern __shared__ __align__(128) u8 shared[];
@@ -110,12 +113,12 @@ extern "C" __global__ void __cluster_dims__(Config::cluster) __launch_bounds__(T
     const int k_begin = args.slabs_k * rank / Config::cluster + warp;
     const int k_end = args.slabs_k * (rank + 1) / Config::cluster;
     const int per_tile = k_begin < k_end ? (k_end - k_begin + Tile::warps_k - 1) / Tile::warps_k : 0;
-    const int tiles = (args.slabs_n - first_tile + clusters - 1) / clusters;
+    const int tiles = args.rounds - (first_tile + (args.rounds - 1) * clusters < args.slabs_n ? 0 : 1);
     const u64 policy = policy_evict_first();
 
     auto copy_weights = [&](int slot, const Walk& at) {
         const u8* source = args.weight + (static_cast<i64>(at.tile) * args.slabs_k + at.slab) * Packed::slab_bytes;
-        if (lane == 0 && at.left > 0) {
+        if (at.left > 0 && elect_lane()) {
             barrier_expect(barriers + 8 * slot, Packed::slab_bytes);
             copy_bulk(ring + slot * Place::bytes, source, Packed::slab_bytes, barriers + 8 * slot, policy);
         }
@@ -129,17 +132,23 @@ extern "C" __global__ void __cluster_dims__(Config::cluster) __launch_bounds__(T
         barrier_init_fence();
     }
     __syncwarp();
+    // Weights do not wait for the kernel ahead, x does. Where none is ahead, a slot's x goes right behind its weights:
+    // behind those of all slots it would arrive after them.
     Walk next = {first_tile, k_begin, tiles * per_tile};
-    Walk ahead = next;
-    for (int slot = 0; slot < Config::slots; ++slot) {
-        copy_weights(slot, ahead);
-        ahead.advance(k_begin, k_end, clusters);
+    if (args.dependent) {
+        Walk ahead = next;
+#pragma unroll 1
+        for (int slot = 0; slot < Config::slots; ++slot) {
+            copy_weights(slot, ahead);
+            ahead.advance(k_begin, k_end, clusters);
+        }
     }
     Decoder::fill_table(table, threadIdx.x, Tile::threads);
     if (Decoder::table_bytes) __syncthreads();
-
     wait_for_previous_kernel();
+#pragma unroll 1
     for (int slot = 0; slot < Config::slots; ++slot) {
+        if (!args.dependent) copy_weights(slot, next);
         copy_x(slot, next);
         next.advance(k_begin, k_end, clusters);
     }
@@ -172,7 +181,8 @@ extern "C" __global__ void __cluster_dims__(Config::cluster) __launch_bounds__(T
         Output::gather(work.sums, exchange, args.M, [&](int token, int r, const float4& sum) {
             *reinterpret_cast<float4*>(mine + token * Tile::rows + r) = sum;
         });
-        cluster_sync();
+        cluster_arrive();
+        cluster_wait();
         const int quads = args.M * Output::quads;
         for (int q = threadIdx.x * Config::cluster + rank; q < quads; q += Tile::threads * Config::cluster) {
             float4 sum = {0.0f, 0.0f, 0.0f, 0.0f};
@@ -181,5 +191,8 @@ extern "C" __global__ void __cluster_dims__(Config::cluster) __launch_bounds__(T
             Output::store(args, q / Output::quads, row + q % Output::quads * 4, sum);
         }
     }
-    if (Config::cluster > 1) cluster_sync();  // no block leaves while another reads its shared memory
+    if (Config::cluster > 1) {  // no block leaves while another reads its shared memory
+        cluster_arrive();
+        cluster_wait();
+    }
 }

@@ -32,16 +32,17 @@
 struct Args {
     TensorMap x;        // boxes of 64 K x tokens
     const u8* weight;
+    const float* factors; // per output, a power of two that brings its largest scale near the top of float16
     const u16* bias;    // or null
     u16* y;
     float* partials;    // two tiles per block where blocks share tiles
     u32* counters;      // one per shared tile, 0 before and after
     i64 y_stride;       // elements between tokens
     int M, N;
-    int slabs_n, slabs_k;
-    int tiles_m, tiles;
-    int whole;          // tiles that each block computes alone
+    int slabs_n;
+    int tiles_m, tiles_n;
     int y_vector;       // rows of y start at multiples of 16 bytes
+    Schedule schedule;
 };
 
 struct Tile : Config {
@@ -55,6 +56,8 @@ struct Tile : Config {
     static_assert(Config::stages % Config::wgs_k == 0, "a K group that runs ahead must not meet another's stages");
     static_assert(Config::stages >= 2 * Config::wgs_k, "a K group gives a stage back when it works on its next");
 };
+
+enum Barrier { ALL = 1, CONSUMERS, FIRST_K_GROUP };
 
 using Decoder = Codec<Activation, Scale>;
 using Packed = Layout<Decoder, GRANULE>;
@@ -79,19 +82,8 @@ struct Place {
 };
 
 __device__ inline Segments segments_of(const Args& args) {
-    return {args.tiles, args.slabs_k, args.whole, static_cast<int>(gridDim.x) / Tile::cluster,
-            static_cast<int>(blockIdx.x) / Tile::cluster};
+    return {args.schedule, static_cast<int>(blockIdx.x) / Tile::cluster};
 }
-
-// K range of this block within a segment: clusters divide it.
-struct Range {
-    int begin, end;
-    __device__ explicit Range(const Segment& segment) {
-        const int rank = static_cast<int>(cluster_rank()), length = segment.end - segment.begin;
-        begin = segment.begin + length * rank / Tile::cluster;
-        end = segment.begin + length * (rank + 1) / Tile::cluster;
-    }
-};
 
 struct Ring {
     int stage = 0;
@@ -109,8 +101,12 @@ struct Corner {
     int row_block, token;
     __device__ Corner(const Args& args, int tile) {
         constexpr int band = 8;
-        const int tiles_n = args.tiles / args.tiles_m;
-        const int first = tile / (band * tiles_n) * band, within = tile % (band * tiles_n);
+        if (args.tiles_m == 1) {
+            row_block = tile * Tile::slabs;
+            token = 0;
+            return;
+        }
+        const int first = tile / (band * args.tiles_n) * band, within = tile % (band * args.tiles_n);
         const int width = args.tiles_m - first < band ? args.tiles_m - first : band;
         row_block = within / width * Tile::slabs;
         token = (first + within % width) * Tile::tokens;
@@ -123,8 +119,8 @@ __device__ inline void produce_weights(const Args& args, u32 shared) {
     for (Segments all = segments_of(args); all.next();) {
         const int first = Corner(args, all.now.tile).row_block;
         const int count = args.slabs_n - first < Tile::slabs ? args.slabs_n - first : Tile::slabs;
-        const i64 pitch = static_cast<i64>(args.slabs_k) * Packed::slab_bytes;
-        const Range range(all.now);
+        const i64 pitch = static_cast<i64>(args.schedule.steps) * Packed::slab_bytes;
+        const Segment range = all.now.part(static_cast<int>(cluster_rank()), Tile::cluster);
         const u8* source = args.weight + first * pitch + static_cast<i64>(range.begin) * Packed::slab_bytes;
         for (int k = range.begin; k < range.end; ++k, source += Packed::slab_bytes) {
             const u32 full = shared + Place::full + 8 * ring.stage;
@@ -143,7 +139,7 @@ __device__ inline void produce_x(const Args& args, u32 shared) {
     Ring ring;
     for (Segments all = segments_of(args); all.next();) {
         const int token = Corner(args, all.now.tile).token;
-        const Range range(all.now);
+        const Segment range = all.now.part(static_cast<int>(cluster_rank()), Tile::cluster);
         for (int k = range.begin; k < range.end; ++k) {
             const u32 full = shared + Place::full + 8 * ring.stage, x = shared + ring.stage * Place::x_bytes;
             barrier_wait(shared + Place::empty + 8 * ring.stage, ring.parity ^ 1);
@@ -161,15 +157,13 @@ struct Consumer {
     static constexpr int groups = SLAB_K / (16 * atoms);               // of wgmma in a slab
     static constexpr int sets = Config::sets;                          // of A registers; all but one are in use by wgmma
 
-    struct Scales {
-        typename Decoder::Group group;
-        u32 row[2];  // g and g + 8, twice each
-    };
+    using Scaled = typename Decoder::Scaled;
 
     const Args& args;
     const u32 shared;
     const int lane, warp, wg_n, wg_k;                                  // warp: in its warpgroup
     float sums[Tile::row_blocks][Tile::sums];
+    float factor[Tile::row_blocks][2];                                 // of rows g and g + 8
 
     __device__ Consumer(const Args& args, u32 shared)
         : args(args), shared(shared), lane(threadIdx.x % WARP), warp(threadIdx.x / WARP % 4),
@@ -178,15 +172,29 @@ struct Consumer {
     __device__ void run() {
         Ring ring;
         for (Segments all = segments_of(args); all.next();) {
-            const Range range(all.now);
+            const Segment range = all.now.part(static_cast<int>(cluster_rank()), Tile::cluster);
+            const Corner corner(args, all.now.tile);
+            load_factors(corner.row_block);
             multiply(ring, range.end - range.begin);
-            finish(all);
+            finish(all, corner);
         }
     }
 
 private:
     __device__ void release(int stage) {
         barrier_arrive_if(lane == 0 && stage >= 0, shared + Place::empty + 8 * stage);
+    }
+
+    __device__ void load_factors(int row_block) {
+#pragma unroll
+        for (int r = 0; r < Tile::row_blocks; ++r) {
+            const int block = row_block + wg_n * Tile::row_blocks + r;
+#pragma unroll
+            for (int i = 0; i < 2; ++i)
+                factor[r][i] = Scaled::needs_factors && block < args.slabs_n
+                                   ? args.factors[SLAB_N * block + 16 * warp + lane / 4 + 8 * i]
+                                   : 1.0f;
+        }
     }
 
     // This K group's share of `count` stages.
@@ -198,7 +206,7 @@ private:
 
         u32 a[sets][Tile::row_blocks][atoms][4];
         Vec4 codes[Tile::row_blocks];
-        Scales scales[Tile::row_blocks];
+        Scaled scaled[Tile::row_blocks];
         int before = -1;  // the stage whose last products may be under way
         const int skip = (wg_k + Tile::wgs_k - ring.stage % Tile::wgs_k) % Tile::wgs_k;
         Ring mine = ring;
@@ -215,7 +223,7 @@ private:
                 for (int j = 0; j < atoms; ++j)
 #pragma unroll
                     for (int r = 0; r < Tile::row_blocks; ++r)
-                        decode(a[set][r][j], codes[r], scales[r], slab + r * Packed::slab_bytes, group * atoms + j);
+                        decode(a[set][r][j], codes[r], scaled[r], factor[r], slab + r * Packed::slab_bytes, group * atoms + j);
                 wgmma_fence();
 #pragma unroll
                 for (int r = 0; r < Tile::row_blocks; ++r)
@@ -246,44 +254,44 @@ private:
     }
 
     // The A fragment of 16 rows x 16 K of a slab, times its scales. Codes and scales are loaded where theirs begin.
-    __device__ void decode(u32 (&a)[4], Vec4& codes, Scales& scales, u32 half_slab, int atom) const {
+    __device__ void decode(u32 (&a)[4], Vec4& codes, Scaled& scaled, const float (&factor)[2], u32 half_slab, int atom) const {
         if (atom % Packed::atoms_per_block == 0)
             codes = load_shared_vec4(half_slab + Packed::block(atom / Packed::atoms_per_block, warp % 2) + 16 * lane);
         if (atom * 16 % GRANULE == 0) {
             const auto param = [&](int i) {
                 return load_shared(half_slab + Packed::param(i, atom * 16 / GRANULE, warp % 2) + lane / 4 * 4);
             };
-            scales.group = Decoder::group(param);
             const u32 pair = param(0);
-            scales.row[0] = __byte_perm(pair, 0, 0x1010), scales.row[1] = __byte_perm(pair, 0, 0x3232);
+            scaled = Scaled(Decoder::group(param), Scale::to_float(pair & 0xFFFFu) * factor[0],
+                            Scale::to_float(pair >> 16) * factor[1]);
         }
         u32* const words = &codes.word[atom % Packed::atoms_per_block * Packed::words];
 #pragma unroll
         for (int i = 0; i < Packed::words; ++i) pin(words[i]);
-        Decoder::decode(a, words, scales.group, shared + Place::table);
+        scaled.decode(a, words, shared + Place::table);
 #pragma unroll
-        for (int i = 0; i < 4; ++i) a[i] = Activation::multiply(a[i], scales.row[i % 2]), pin(a[i]);
+        for (int i = 0; i < 4; ++i) pin(a[i]);
     }
 
     // ---- the end of a segment
 
-    static __device__ float4& quad(float* sums, int i) { return reinterpret_cast<float4*>(sums)[i]; }
-
-    __device__ void finish(const Segments& all) {
+    __device__ void finish(const Segments& all, const Corner& corner) {
         wait_for_previous_kernel();
         if (Tile::wgs_k > 1 && !add_k_groups()) return;
         if (Tile::cluster > 1 && !add_cluster()) return;
         if (all.is_shared() && !add_blocks(all)) return;
-        const Corner corner(args, all.now.tile);
 #pragma unroll
         for (int r = 0; r < Tile::row_blocks; ++r)
-            store(sums[r], SLAB_N * (corner.row_block + wg_n * Tile::row_blocks + r) + 16 * warp, corner.token);
+            store(sums[r], factor[r], SLAB_N * (corner.row_block + wg_n * Tile::row_blocks + r) + 16 * warp, corner.token);
     }
 
-    // Where this thread's accumulators of row block r lie in a share of the tile: neighbours side by side.
-    __device__ int share_offset(int r, int i) const {
-        return (((wg_n * Tile::row_blocks + r) * (Tile::sums / 4) + i) * 4 * WARP + warp * WARP + lane) * 16;
+    // Where this thread's accumulators lie in a share of the tile, and the i-th four of row block r from there:
+    // neighbours side by side.
+    __device__ int share_offset() const {
+        return (wg_n * Tile::row_blocks * quads_per_block * 4 * WARP + warp * WARP + lane) * 16;
     }
+    static constexpr int quads_per_block = Tile::sums / 4;
+    static __device__ constexpr int quad_offset(int r, int i) { return (r * quads_per_block + i) * 4 * WARP * 16; }
 
     __device__ void put(float* at, const float* s) const {
         *reinterpret_cast<float4*>(at) = {s[0], s[1], s[2], s[3]};
@@ -298,25 +306,25 @@ private:
 #pragma unroll
         for (int r = 0; r < Tile::row_blocks; ++r)
 #pragma unroll
-            for (int i = 0; i < Tile::sums / 4; ++i) visit(r, i);
+            for (int i = 0; i < quads_per_block; ++i) visit(r, i);
     }
 
     // Adds the K groups up in the first one; false for the others.
     __device__ bool add_k_groups() {
         const u32 shares = shared + Place::k_shares;
-        barrier_sync(1, Tile::consumers);  // the segment before has been read
+        barrier_sync(CONSUMERS, Tile::consumers);  // the segment before has been read
         if (wg_k > 0)
             each_quad([&](int r, int i) {
                 const float* s = sums[r] + 4 * i;
-                store_shared_vec4(shares + (wg_k - 1) * Place::share_bytes + share_offset(r, i),
+                store_shared_vec4(shares + (wg_k - 1) * Place::share_bytes + share_offset() + quad_offset(r, i),
                                   {__float_as_uint(s[0]), __float_as_uint(s[1]), __float_as_uint(s[2]), __float_as_uint(s[3])});
             });
-        barrier_sync(1, Tile::consumers);
+        barrier_sync(CONSUMERS, Tile::consumers);
         if (wg_k > 0) return false;
 #pragma unroll
         for (int g = 0; g < Tile::wgs_k - 1; ++g)
             each_quad([&](int r, int i) {
-                const Vec4 v = load_shared_vec4(shares + g * Place::share_bytes + share_offset(r, i));
+                const Vec4 v = load_shared_vec4(shares + g * Place::share_bytes + share_offset() + quad_offset(r, i));
 #pragma unroll
                 for (int j = 0; j < 4; ++j) sums[r][4 * i + j] += __uint_as_float(v.word[j]);
             });
@@ -328,11 +336,12 @@ private:
         const int rank = static_cast<int>(cluster_rank());
         const u32 shares = shared + Place::cluster_shares, arrived = shared + Place::arrived;
         if (rank > 0) {
-            const u32 remote = cluster_address(shares + (rank - 1) * Place::share_bytes, 0);
+            cluster_wait();  // the first block has started
+            const u32 remote = cluster_address(shares + (rank - 1) * Place::share_bytes + share_offset(), 0);
             const u32 barrier = cluster_address(arrived, 0);
             each_quad([&](int r, int i) {
                 const float* s = sums[r] + 4 * i;
-                store_cluster_async(remote + share_offset(r, i), {s[0], s[1], s[2], s[3]}, barrier);
+                store_cluster_async(remote + quad_offset(r, i), {s[0], s[1], s[2], s[3]}, barrier);
             });
             return false;
         }
@@ -340,7 +349,7 @@ private:
 #pragma unroll
         for (int other = 0; other < Tile::cluster - 1; ++other)
             each_quad([&](int r, int i) {
-                const Vec4 v = load_shared_vec4(shares + other * Place::share_bytes + share_offset(r, i));
+                const Vec4 v = load_shared_vec4(shares + other * Place::share_bytes + share_offset() + quad_offset(r, i));
 #pragma unroll
                 for (int j = 0; j < 4; ++j) sums[r][4 * i + j] += __uint_as_float(v.word[j]);
             });
@@ -348,39 +357,51 @@ private:
     }
 
     // Blocks that share a tile leave their parts in global memory; the last to arrive adds them up in block order.
+    // The counter releases and acquires for all threads, which the barriers before and after it order.
     __device__ bool add_blocks(const Segments& all) {
         constexpr int threads = 4 * WARP * Tile::wgs_n;
         u8* const partials = reinterpret_cast<u8*>(args.partials);
-        const auto part = [&](int block) { return partials + static_cast<i64>(all.slot(block)) * Place::share_bytes; };
+        const auto part = [&](int block) {
+            return partials + static_cast<i64>(all.slot(block)) * Place::share_bytes + share_offset();
+        };
         u8* const own = part(all.block);
-        each_quad([&](int r, int i) { put(reinterpret_cast<float*>(own + share_offset(r, i)), sums[r] + 4 * i); });
-        __threadfence();
-        barrier_sync(2, threads);
+        each_quad([&](int r, int i) { put(reinterpret_cast<float*>(own + quad_offset(r, i)), sums[r] + 4 * i); });
+        barrier_sync(FIRST_K_GROUP, threads);
         const int first = all.first_block(), last = all.last_block();
         const u32 flag = shared + Place::arrived + 8;
         if (threadIdx.x == 0) store_shared(flag, increment_wrapping(args.counters + all.shared_tile(), last - first));
-        barrier_sync(2, threads);
+        barrier_sync(FIRST_K_GROUP, threads);
         const bool is_last = load_shared(flag) == static_cast<u32>(last - first);
-        barrier_sync(2, threads);  // read before it is written for the next segment
+        barrier_sync(FIRST_K_GROUP, threads);  // read before it is written for the next segment
         if (!is_last) return false;
-        __threadfence();
+        // This block's own part is read back too: it has its place in the order, and registers for a second sum do not exist.
+        constexpr int batch = quads_per_block % 8 == 0 ? 8 : quads_per_block % 4 == 0 ? 4 : 2;  // loads under way
         each_quad([&](int r, int i) {
 #pragma unroll
             for (int j = 0; j < 4; ++j) sums[r][4 * i + j] = 0.0f;
         });
         for (int block = first; block <= last; ++block) {
             const u8* const other = part(block);
-            each_quad([&](int r, int i) {
-                add(sums[r] + 4 * i, load_global_l2(reinterpret_cast<const float4*>(other + share_offset(r, i))));
-            });
+#pragma unroll
+            for (int r = 0; r < Tile::row_blocks; ++r)
+#pragma unroll
+                for (int i = 0; i < quads_per_block; i += batch) {
+                    float4 v[batch];
+#pragma unroll
+                    for (int j = 0; j < batch; ++j)
+                        v[j] = load_global_l2(reinterpret_cast<const float4*>(other + quad_offset(r, i + j)));
+#pragma unroll
+                    for (int j = 0; j < batch; ++j) add(sums[r] + 4 * (i + j), v[j]);
+                }
         }
         return true;
     }
 
     // 16 rows of a warp, turned over 16 tokens at a time: y wants a token's outputs side by side.
-    __device__ void store(const float* s, int row, int token) const {
+    __device__ void store(const float* s, const float (&factor)[2], int row, int token) const {
         const u32 turn = shared + Place::turn + threadIdx.x / WARP * Place::turn_bytes;
         float bias[2] = {0.0f, 0.0f};
+        const float undo[2] = {1.0f / (factor[0] * Scaled::unit), 1.0f / (factor[1] * Scaled::unit)};  // powers of two
         if (args.bias) {
 #pragma unroll
             for (int i = 0; i < 2; ++i) {
@@ -395,7 +416,8 @@ private:
             Vec4 pairs;
 #pragma unroll
             for (int i = 0; i < 4; ++i)
-                pairs.word[i] = Activation::pack(s[8 * t + 2 * i] + bias[i % 2], s[8 * t + 2 * i + 1] + bias[i % 2]);
+                pairs.word[i] = Activation::pack(s[8 * t + 2 * i] * undo[i % 2] + bias[i % 2],
+                                                 s[8 * t + 2 * i + 1] * undo[i % 2] + bias[i % 2]);
             __syncwarp();
             store_matrix_x4_turned(turn + (lane / 16 * 8 + lane % 8) * 32 + lane / 8 % 2 * 16, pairs);
             __syncwarp();
@@ -419,7 +441,10 @@ extern "C" __global__ void __cluster_dims__(Config::cluster) __launch_bounds__(T
     extern __shared__ __align__(1024) u8 memory[];
     const u32 shared = shared_address(memory);
     allow_next_kernel();
-    if (threadIdx.x == 0) {
+
+    // The first weights are on their way before the other warps have met.
+    const bool copies_weights = threadIdx.x / WARP == Tile::consumers / WARP;
+    if (threadIdx.x == Tile::consumers) {
         for (int stage = 0; stage < Tile::stages; ++stage) {
             barrier_init(shared + Place::full + 8 * stage, 2);
             barrier_init(shared + Place::empty + 8 * stage, 4 * Tile::wgs_n);
@@ -427,15 +452,23 @@ extern "C" __global__ void __cluster_dims__(Config::cluster) __launch_bounds__(T
         barrier_init(shared + Place::arrived, 1);
         if (Tile::cluster > 1) barrier_expect(shared + Place::arrived, (Tile::cluster - 1) * Place::share_bytes);
         barrier_init_fence();
+    } else if (threadIdx.x == Tile::consumers + WARP) {
+        prefetch_map(&args.x);
     }
-    Decoder::fill_table(shared + Place::table, threadIdx.x, Tile::threads);
-    if (Tile::cluster > 1) cluster_sync();
-    else __syncthreads();
+    __syncwarp();
+    if (Tile::cluster > 1) cluster_arrive();
+    if (copies_weights) {
+        barrier_arrive_only(ALL, Tile::threads);
+    } else {
+        if (threadIdx.x < Tile::consumers) Decoder::fill_table(shared + Place::table, threadIdx.x, Tile::consumers);
+        barrier_sync(ALL, Tile::threads);
+    }
 
     if (warpgroup_index() == Tile::wgs_n * Tile::wgs_k) {
         warpgroup_give_registers<Config::producer_registers>();
-        if (threadIdx.x == Tile::consumers) produce_weights(args, shared);
-        if (threadIdx.x == Tile::consumers + WARP) produce_x(args, shared);
+        const int role = static_cast<int>(uniform(threadIdx.x / WARP)) - Tile::consumers / WARP;
+        if (role == 0 && elect_lane()) produce_weights(args, shared);
+        if (role == 1 && elect_lane()) produce_x(args, shared);
     } else {
         warpgroup_take_registers<Config::consumer_registers>();
         Consumer(args, shared).run();

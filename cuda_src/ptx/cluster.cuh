@@ -1,4 +1,4 @@
-// Thread block clusters: rank, barrier, and reading a neighbour's shared memory (sm_90).
+// Thread block clusters: rank, barrier, and a neighbour's shared memory (sm_90).
 #pragma once
 #include "ptx/types.cuh"
 
@@ -8,9 +8,13 @@ __device__ inline u32 cluster_rank() {
     return rank;
 }
 
-// All threads of all blocks; what was written to shared memory before is visible after.
-__device__ inline void cluster_sync() {
-    asm volatile("barrier.cluster.arrive.release.aligned;\nbarrier.cluster.wait.acquire.aligned;" ::: "memory");
+// The two halves of a barrier of all threads of all blocks.
+__device__ inline void cluster_arrive() {
+    asm volatile("barrier.cluster.arrive.release.aligned;" ::: "memory");
+}
+
+__device__ inline void cluster_wait() {
+    asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory");
 }
 
 // The address in the whole cluster of what lies at `shared` in block `rank`.

@@ -7,6 +7,10 @@ struct alignas(64) TensorMap {
     u64 words[16];
 };
 
+__device__ inline void prefetch_map(const TensorMap* map) {
+    asm volatile("prefetch.tensormap [%0];" ::"l"(map) : "memory");
+}
+
 // The box whose first element is (row, column); its bytes count on `barrier`, which has been told to expect them.
 __device__ inline void copy_box(u32 shared, const TensorMap* map, int column, int row, u32 barrier) {
     asm volatile(

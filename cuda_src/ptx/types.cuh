@@ -15,6 +15,7 @@ struct alignas(16) Vec4 {
 
 // fp16: 11 significant bits.
 struct Float16 {
+    static constexpr bool narrow = true;  // 5 bits of exponent
     static __device__ float to_float(u32 low_half) {
         float value;
         asm("{ .reg .b16 h; cvt.u16.u32 h, %1; cvt.f32.f16 %0, h; }" : "=f"(value) : "r"(low_half));
@@ -44,6 +45,7 @@ struct Float16 {
 
 // bf16: 8 significant bits.
 struct BFloat16 {
+    static constexpr bool narrow = false;
     static __device__ float to_float(u32 low_half) {
         return __int_as_float(static_cast<int>(low_half << 16));
     }

@@ -19,8 +19,8 @@ from marlin_cupy.kernels.problem import Candidate, Configuration, Kernel, Plan, 
 from marlin_cupy.layout import SLAB_K, SLAB_N, Layout
 from marlin_cupy.tensor import QuantizedTensor, Spec
 
-#: struct Args of the twin: four pointers, two strides, seven ints.
-_ARGS = struct.Struct("=4Q2q7i4x")
+#: struct Args of the twin: four pointers, two strides, nine ints.
+_ARGS = struct.Struct("=4Q2q9i4x")
 _ARGUMENTS = launch.ArgumentBlock(_ARGS.size)
 _ARCH = "sm_90a"
 _MAX_M = 16
@@ -57,7 +57,7 @@ class Config:
         """Dynamic shared memory of a block; the kernel asserts the same number."""
         slot = 2 * layout.half_bytes + self.tokens * SLAB_K * 2 + 8
         exchange = self.warps_k * 8 * (SLAB_N + 4) * 4
-        shares = 2 * self.tokens * SLAB_N * 4
+        shares = 2 * self.tokens * SLAB_N * 4 if self.cluster > 1 else 0
         return layout.format.table_bytes + self.warps_k * self.slots * slot + exchange + shares
 
     def cpp(self) -> str:
@@ -234,8 +234,10 @@ class StreamPlan(Plan):
             K,
             slabs_n,
             slabs_k,
+            -(-slabs_n // self.clusters),
             x_rows.start_at(16),
             y_rows.start_at(8),
+            dependent,
         )
         blocks = self.clusters * self.config.cluster
         stream = framework.stream(w.device)

@@ -24,8 +24,8 @@ from marlin_cupy.kernels.problem import Candidate, Configuration, Kernel, Plan, 
 from marlin_cupy.layout import SLAB_K, SLAB_N, Layout
 from marlin_cupy.tensor import QuantizedTensor, Spec
 
-#: struct Args of the twin: a tensor map, five pointers, a stride, eight ints; its size is a multiple of 64.
-_ARGS = struct.Struct("=128s5Qq8i48x")
+#: struct Args of the twin: a tensor map, six pointers, a stride, twelve ints; its size is a multiple of 64.
+_ARGS = struct.Struct("=128s6Qq12i24x")
 _ARGUMENTS = launch.ArgumentBlock(_ARGS.size)
 _ARCH = "sm_90a"
 _WARPGROUP = 128
@@ -398,6 +398,7 @@ class WgmmaPlan(Plan):
             0,
             tensor_map.of_matrix(x_rows.pointer, self.problem.dtype, (self.m, K), x_rows.stride, box),
             w.pointer,
+            w.factors_pointer,
             0 if bias is None else framework.pointer(bias),
             y_rows.pointer,
             partials,
@@ -406,11 +407,14 @@ class WgmmaPlan(Plan):
             self.m,
             N,
             slabs_n,
-            slabs_k,
             self.grid.tiles_m,
-            self.grid.tiles,
-            self.grid.whole,
+            self.grid.tiles // self.grid.tiles_m,
             y_rows.start_at(16),
+            self.grid.tiles,
+            slabs_k,
+            self.grid.blocks,
+            self.grid.whole,
+            *divmod(self.grid.shared_tiles * slabs_k, self.grid.blocks),
         )
         blocks = self.grid.blocks * self.config.cluster
         if dependent:
