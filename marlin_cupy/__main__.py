@@ -180,8 +180,9 @@ def demo(
 def _errors(x: Any, weight: Any, w: QuantizedTensor, y: Any) -> tuple[float, float, float]:
     """Relative errors in the Frobenius norm, a run of columns at a time: (of y, its bound, of the quantized weight).
 
-    The bound: one rounding of y, u(fp16); on a GPU a second one of a codebook's values, whose effect on a random x
-    is as large; and sums of K products in fp32, 2 sqrt(K) u(fp32) times |x| |W|, which holds except with small
+    The bound: one rounding of y, u(fp16) at most, which leaves room for one of each weight after its scale, as they
+    are 0.6 u together on average; on a GPU one more of a codebook's values, whose effect on a random x is as large;
+    and sums of K products in fp32, 2 sqrt(K) u(fp32) times |x| |W|, which holds except with small
     probability (Higham and Mary 2019, doi:10.1137/18M1226312) and leaves room for tensor cores, which truncate.
     """
     exact_x = x.astype(numpy.float64)

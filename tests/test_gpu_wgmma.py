@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator
 
 import cupy
@@ -175,6 +176,22 @@ def test_more_tiles_than_fit_at_once_and_a_few_more_than_a_wave() -> None:
                 tiling = Tiling(config, sm90_wgmma.grid_of(config, M, w.layout, gpu(), stripes))
                 y = launched(tiling, x[:M], w)
                 product.check(float64(y), "float16", gpu=True, kernel=KERNEL.name, case=f"M={M}, {tiling}")
+
+
+def test_a_fresh_thread_can_multiply() -> None:
+    """One in which nothing has touched the GPU: the map of x is encoded before anything is launched."""
+    w = quantized(4096, 1000)
+    x = activations(77, 4096, "float16")
+    expected = mc.matmul(x, w)
+    other = mc.QuantizedTensor(w.spec, w.packed)
+    cupy.cuda.Device().synchronize()
+    found: list[cupy.ndarray] = []
+    thread = threading.Thread(target=lambda: found.append(mc.matmul(x.copy(), other)))
+    thread.start()
+    thread.join(timeout=120)
+    assert len(found) == 1
+    cupy.cuda.Device().synchronize()
+    assert_same_bits(found[0], expected)
 
 
 # ---- the same bits

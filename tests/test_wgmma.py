@@ -28,8 +28,9 @@ from marlin_cupy.tensor import Spec
 H200 = dataclasses.replace(GPUS["sm_90a"], name="NVIDIA H200", memory_gbs=4916.0)
 EVERY_M = (1, 8, 9, 16, 17, 32, 33, 48, 64, 65, 96, 100, 128, 129, 192, 250, 256, 300, 512, 1000, 1024, 4096, 100_000)
 SHAPES = ((8, 1), (128, 64), (1000, 300), (4096, 4096), (28672, 8192), (8192, 57344), (65536, 64))
-#: Of these kernels' clusters the compiler spills the address of their shared memory, outside of the loops.
-SPILLS = 8
+#: Bytes (stores and loads) that the compiler may spill: a few addresses where there are clusters, and more where two
+#: blocks on an SM leave a thread 80 registers at launch.
+SPILLS_IN_CLUSTERS, SPILLS_OF_PAIRS = 8, 32
 
 
 def layout(K: int = 4096, N: int = 4096, name: str = "int4", group_size: int = 128) -> Layout:
@@ -63,8 +64,8 @@ def test_configurations_compile_without_spills_and_get_the_registers_that_they_t
         text += f'static_assert(sizeof(Args) == {sm90_wgmma._ARGS.size}, "the host twin packs as much");\n'
         built = jit_compile.compile(text, "sm_90a")
         assert built.registers == config.launch_registers, config
-        assert built.spill_bytes <= SPILLS, config
-        assert built.spill_bytes == 0 or config.cluster > 1, config
+        allowed = SPILLS_OF_PAIRS if config.blocks_per_sm > 1 else SPILLS_IN_CLUSTERS if config.cluster > 1 else 0
+        assert built.spill_bytes <= allowed, config
 
 
 @pytest.mark.parametrize("rated", sm90_wgmma.CONFIGS, ids=lambda rated: "-".join(map(str, vars(rated.config).values())))
@@ -99,13 +100,14 @@ def test_stages_are_as_many_as_fit(name: str, group_size: int) -> None:
 
 def every_sharing_block_is_waited_for(grid: sm90_wgmma.Grid, steps: int) -> bool:
     """Whether the blocks with a part of a shared tile are those that Segments (schedule/segments.cuh) counts for it."""
-    total = grid.shared_tiles * steps
+    stretch, longer = divmod(grid.shared_tiles * steps, grid.blocks)
 
     def begin(block: int) -> int:
-        return block * total // grid.blocks
+        return block * stretch + min(block, longer)
 
     def block_of(step: int) -> int:
-        return ((step + 1) * grid.blocks - 1) // total
+        first = longer * (stretch + 1)
+        return step // (stretch + 1) if step < first else longer + (step - first) // stretch
 
     lengths = [begin(block + 1) - begin(block) for block in range(grid.blocks)]
     for tile in range(grid.shared_tiles):
@@ -117,7 +119,7 @@ def every_sharing_block_is_waited_for(grid: sm90_wgmma.Grid, steps: int) -> bool
     return True
 
 
-def test_stripes_leave_no_block_without_work() -> None:
+def test_stripes_are_added_up_by_the_last_of_their_blocks() -> None:
     """Also where a few tiles more than a wave are left to all blocks."""
     config = Config(2, 1, 1, 128, 4, 1)
     for tiles in (1, 2, 131, 132, 133, 134, 136, 137, 263, 264, 265, 397, 529):
@@ -127,7 +129,6 @@ def test_stripes_leave_no_block_without_work() -> None:
             assert found.whole >= 0
             assert (found.shared_tiles == 0) == (tiles % found.blocks == 0)
             assert found.shared_tiles == 0 or every_sharing_block_is_waited_for(found, -(-K // SLAB_K))
-    assert not every_sharing_block_is_waited_for(sm90_wgmma.Grid(132, 133, 133, 1), 32)  # what this is about
 
 
 @pytest.mark.parametrize("invariant", [False, True])
@@ -282,7 +283,12 @@ class Launches:
         self.plan = KERNEL.plan(self.problem, KERNEL.candidates(self.problem)[0])
         spec = self.problem.spec
         self.w = SimpleNamespace(
-            shape=spec.shape, device=Device("cuda", 0), layout=spec.layout, pointer=512, writes=writes.Writes()
+            shape=spec.shape,
+            device=Device("cuda", 0),
+            layout=spec.layout,
+            pointer=512,
+            factors_pointer=256,
+            writes=writes.Writes(),
         )
 
     def of_matrix(self, pointer: int, dtype: str, shape: tuple[int, int], stride: int, box: tuple[int, int]) -> bytes:
@@ -324,9 +330,10 @@ def test_a_launch_is_told_where_everything_is(monkeypatch: pytest.MonkeyPatch) -
         for index, (_, blocks, threads, raw) in enumerate(given.log):
             assert (blocks, threads) == (plan.grid.blocks * plan.config.cluster, plan.config.threads)
             assert struct.unpack_from("=5q", raw) == (1024, M, 4096, plan.config.tokens, 64)
-            found = struct.unpack_from("=5Qq8i", raw, 128)
+            found = struct.unpack_from("=6Qq12i", raw, 128)
             assert found == (
                 512,
+                256,
                 0,
                 4098 if index else 4096,
                 4096 if shared else 0,
@@ -335,11 +342,14 @@ def test_a_launch_is_told_where_everything_is(monkeypatch: pytest.MonkeyPatch) -
                 M,
                 N,
                 -(-N // 64),
-                4096 // SLAB_K,
                 plan.grid.tiles_m,
-                plan.grid.tiles,
-                plan.grid.whole,
+                plan.grid.tiles // plan.grid.tiles_m,
                 not index,
+                plan.grid.tiles,
+                4096 // SLAB_K,
+                plan.grid.blocks,
+                plan.grid.whole,
+                *divmod(shared * 4096 // SLAB_K, plan.grid.blocks),
             )
 
 

@@ -241,7 +241,7 @@ def slots(config: Config, gpu: Gpu) -> int:
 def grid_of(config: Config, m: int, layout: Layout, gpu: Gpu, stripes: bool) -> Grid:
     """``stripes``: all SMs work, and share the last tiles; else every tile is computed by one block or cluster.
 
-    Blocks that share tiles get a slab or more each: the kernel counts every block between a tile's first and last.
+    Blocks that share tiles get a slab or more each: where few tiles are left over, a round of whole ones is shared too.
     """
     tiles_m = -(-m // config.tokens)
     tiles = tiles_m * -(-layout.packed_shape[0] * SLAB_N // config.rows)
