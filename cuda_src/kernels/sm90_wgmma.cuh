@@ -155,7 +155,7 @@ __device__ inline void produce_x(const Args& args, u32 shared) {
 struct Consumer {
     static constexpr int atoms = Config::atoms;                        // decoded together
     static constexpr int groups = SLAB_K / (16 * atoms);               // of wgmma in a slab
-    static constexpr int sets = Config::sets;                          // of A registers; all but one are in use by wgmma
+    static constexpr int sets = 2;                                     // of A registers: one in use by wgmma, one in the making
 
     using Scaled = typename Decoder::Scaled;
 
@@ -436,7 +436,7 @@ private:
     }
 };
 
-extern "C" __global__ void __cluster_dims__(Config::cluster) __launch_bounds__(Tile::threads, Config::blocks_per_sm)
+extern "C" __global__ void __cluster_dims__(Config::cluster) __launch_bounds__(Tile::threads, 1)
     gemm(const __grid_constant__ Args args) {
     extern __shared__ __align__(1024) u8 memory[];
     const u32 shared = shared_address(memory);

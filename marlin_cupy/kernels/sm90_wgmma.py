@@ -41,8 +41,8 @@ class Config:
     """The tile of a block; printed as the C++ struct that the kernel takes.
 
     ``wgs_n`` warpgroups of ``row_blocks`` x 64 outputs each, ``wgs_k`` times over to split K, by ``tokens`` rows of x;
-    ``stages`` slabs of K under way; ``cluster`` blocks share the K of a tile; ``blocks_per_sm`` are resident. A
-    warpgroup decodes ``atoms`` x 16 of K between two groups of wgmma, into one of ``sets`` of registers.
+    ``stages`` slabs of K under way; ``cluster`` blocks share the K of a tile. A warpgroup decodes ``atoms`` x 16 of K
+    between two groups of wgmma.
     """
 
     wgs_n: int
@@ -51,9 +51,7 @@ class Config:
     tokens: int
     stages: int
     cluster: int
-    blocks_per_sm: int = 1
     atoms: int = 1
-    sets: int = 2
 
     @property
     def consumers(self) -> int:
@@ -73,7 +71,7 @@ class Config:
     @property
     def launch_registers(self) -> int:
         """Registers per thread that the compiler gives a launch of so many threads."""
-        return min(_REGISTERS // (self.threads * self.blocks_per_sm) // 8 * 8, 248)
+        return min(_REGISTERS // self.threads // 8 * 8, 248)
 
     @property
     def consumer_registers(self) -> int:
@@ -104,7 +102,6 @@ class Config:
         return (
             f"{self.rows} x {self.tokens} tile, {self.stages} slabs under way, {self.consumers} warpgroups decode"
             + (f", {shared} share its K" if shared else "")
-            + (f", {self.blocks_per_sm} blocks on an SM" if self.blocks_per_sm > 1 else "")
         )
 
 
@@ -124,36 +121,42 @@ class RatedConfig:
 # to be best takes 0.6 % longer than the best on average and 8 % at worst. Larger M was not measured.
 #: The tiles to choose from, for any M.
 CONFIGS = (
-    RatedConfig(Config(1, 2, 1, 16, 8, 2, 1, 4), 236),
-    RatedConfig(Config(2, 1, 2, 16, 8, 1, 1, 4), 620),
-    RatedConfig(Config(2, 2, 1, 16, 6, 2, 1, 4), 349),
-    RatedConfig(Config(3, 1, 1, 16, 5, 1, 1, 4), 473),
-    RatedConfig(Config(3, 1, 1, 16, 5, 2, 1, 4), 467),
-    RatedConfig(Config(1, 2, 1, 32, 8, 2, 1, 4), 256),
-    RatedConfig(Config(2, 1, 1, 32, 6, 2, 1, 4), 431),
-    RatedConfig(Config(2, 1, 2, 32, 4, 1, 1, 4), 689),
-    RatedConfig(Config(3, 1, 1, 32, 5, 2, 1, 4), 541),
-    RatedConfig(Config(1, 2, 1, 48, 8, 2, 1, 4), 286),
-    RatedConfig(Config(2, 1, 2, 48, 4, 1, 1, 4), 811),
-    RatedConfig(Config(2, 2, 1, 48, 8, 2, 1, 4), 482),
-    RatedConfig(Config(3, 1, 1, 48, 5, 2, 1, 4), 643),
-    RatedConfig(Config(1, 2, 1, 64, 8, 2), 301),
-    RatedConfig(Config(2, 1, 1, 64, 4, 1, 2), 1034),
-    RatedConfig(Config(2, 1, 1, 64, 7, 2), 585),
-    RatedConfig(Config(2, 1, 2, 64, 4, 1), 1018),
-    RatedConfig(Config(3, 1, 1, 64, 6, 2), 740),
-    RatedConfig(Config(1, 2, 1, 96, 6, 2), 391),
-    RatedConfig(Config(2, 1, 1, 96, 4, 1), 709),
-    RatedConfig(Config(2, 1, 1, 96, 4, 2), 701),
-    RatedConfig(Config(2, 1, 2, 96, 4, 1), 1276),
-    RatedConfig(Config(3, 1, 1, 96, 4, 2), 889),
-    RatedConfig(Config(1, 2, 1, 128, 4, 2), 514),
-    RatedConfig(Config(2, 1, 1, 128, 4, 1), 849),
-    RatedConfig(Config(2, 1, 1, 128, 3, 2), 892),
-    RatedConfig(Config(2, 1, 2, 128, 4, 1), 1558),
-    RatedConfig(Config(3, 1, 1, 128, 4, 1), 1228),
-    RatedConfig(Config(2, 1, 1, 192, 3, 1), 1154),
-    RatedConfig(Config(2, 1, 1, 256, 3, 1), 1620),
+    RatedConfig(Config(2, 2, 1, 16, 12, 2, 4), 480),
+    RatedConfig(Config(1, 2, 1, 16, 8, 2, 4), 240),
+    RatedConfig(Config(2, 1, 2, 16, 8, 1, 4), 960),
+    RatedConfig(Config(4, 1, 1, 16, 5, 1, 4), 960),
+    RatedConfig(Config(3, 1, 1, 16, 9, 2, 4), 720),
+    RatedConfig(Config(3, 1, 1, 16, 5, 1, 4), 720),
+    RatedConfig(Config(1, 2, 1, 32, 8, 1, 4), 260),
+    RatedConfig(Config(1, 2, 1, 32, 8, 2, 4), 260),
+    RatedConfig(Config(2, 1, 2, 32, 4, 1, 4), 1040),
+    RatedConfig(Config(3, 1, 1, 32, 9, 2, 4), 780),
+    RatedConfig(Config(2, 2, 1, 32, 10, 2, 4), 520),
+    RatedConfig(Config(1, 2, 1, 48, 8, 1, 4), 290),
+    RatedConfig(Config(1, 2, 1, 48, 8, 2, 4), 290),
+    RatedConfig(Config(2, 1, 2, 48, 4, 1, 4), 1160),
+    RatedConfig(Config(3, 1, 1, 48, 7, 2, 4), 870),
+    RatedConfig(Config(2, 2, 1, 48, 8, 2, 4), 580),
+    RatedConfig(Config(1, 2, 1, 64, 8, 1, 1), 330),
+    RatedConfig(Config(1, 2, 1, 64, 8, 2, 1), 330),
+    RatedConfig(Config(2, 1, 2, 64, 4, 1, 1), 1320),
+    RatedConfig(Config(2, 2, 1, 64, 6, 1, 1), 660),
+    RatedConfig(Config(2, 1, 1, 64, 7, 2, 1), 660),
+    RatedConfig(Config(3, 1, 1, 64, 6, 2, 1), 990),
+    RatedConfig(Config(1, 2, 1, 96, 6, 1, 1), 430),
+    RatedConfig(Config(1, 2, 1, 96, 6, 2, 1), 430),
+    RatedConfig(Config(2, 1, 1, 96, 4, 1, 1), 860),
+    RatedConfig(Config(2, 1, 1, 96, 4, 2, 1), 860),
+    RatedConfig(Config(2, 1, 2, 96, 4, 1, 1), 1720),
+    RatedConfig(Config(3, 1, 1, 96, 4, 2, 1), 1290),
+    RatedConfig(Config(1, 2, 1, 128, 4, 1, 1), 520),
+    RatedConfig(Config(1, 2, 1, 128, 4, 2, 1), 520),
+    RatedConfig(Config(2, 1, 1, 128, 4, 1, 1), 1040),
+    RatedConfig(Config(2, 1, 1, 128, 3, 2, 1), 1040),
+    RatedConfig(Config(2, 1, 2, 128, 4, 1, 1), 2080),
+    RatedConfig(Config(3, 1, 1, 128, 4, 1, 1), 1560),
+    RatedConfig(Config(2, 1, 1, 192, 3, 1, 1), 1150),
+    RatedConfig(Config(2, 1, 1, 256, 3, 1, 1), 1600),
 )
 #: What every launch pays, and every tile of a block at its end.
 _LAUNCH_US, _TILE_US = 2.3, 0.65
@@ -162,8 +165,6 @@ _CLUSTER_US, _CLUSTER_SHARE_US = 1.0, 1.0
 #: What stripes pay: once, per block that shares a tile, per 64 KB of such a share, and slabs that a block loses.
 _STRIPE_US, _SHARE_US, _SHARE_BYTES_US, _STRIPE_SLABS = 1.9, 0.14, 0.6, 4.9
 _SHARE_BYTES = 64 << 10
-#: The time of a block that has an SM for itself, over that of two which share one.
-_ALONE = 0.51
 #: How sharply the longer of computing and reading decides: the exponent of the norm that adds the two up.
 _OVERLAP = 2.5
 #: Nanoseconds of decoding 64 outputs of a slab, which other formats lengthen: the time of the tiles with few tokens by
@@ -179,7 +180,7 @@ _INVARIANT_MS = (8, 64, 1024)
 
 def fitted(config: Config, layout: Layout, gpu: Gpu) -> Config | None:
     """``config`` with as many stages as shared memory holds; None if a K group would have less than two."""
-    budget = min(gpu.shared_per_block, gpu.shared_per_sm // config.blocks_per_sm - _RESERVED_SHARED)
+    budget = min(gpu.shared_per_block, gpu.shared_per_sm - _RESERVED_SHARED)
     for stages in range(config.stages // config.wgs_k * config.wgs_k, 2 * config.wgs_k - 1, -config.wgs_k):
         smaller = dataclasses.replace(config, stages=stages)
         if smaller.shared_bytes(layout) <= budget:
@@ -235,7 +236,7 @@ class Tiling(Configuration):
 
 def slots(config: Config, gpu: Gpu) -> int:
     """Blocks (clusters) that are resident at once."""
-    return gpu.sm_count * config.blocks_per_sm // config.cluster
+    return gpu.sm_count // config.cluster
 
 
 def grid_of(config: Config, m: int, layout: Layout, gpu: Gpu, stripes: bool) -> Grid:
@@ -273,8 +274,6 @@ def predicted_us(rated: RatedConfig, grid: Grid, layout: Layout, gpu: Gpu) -> fl
     config = rated.config
     slabs_n, slabs_k, slab_bytes = layout.packed_shape
     slab_us = (rated.slab_ns + (decode_factor(layout) - 1) * _DECODE_NS * config.rows / SLAB_N) / 1000
-    if config.blocks_per_sm > 1 and grid.blocks * config.cluster <= gpu.sm_count:
-        slab_us *= _ALONE
     share = config.rows * config.tokens * 4 / _SHARE_BYTES
     waves = -(-(grid.tiles - grid.shared_tiles) // min(grid.blocks, slots(config, gpu)))
     busy_us = waves * (slabs_k / config.cluster * slab_us + _TILE_US)
