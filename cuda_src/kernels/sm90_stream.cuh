@@ -5,16 +5,20 @@
 //   |<--- a round --->|               |                its own, by one bulk copy and the x of that slab beside it
 //   |<------ cluster rank 0 --------->|
 //
-// A warp waits for nothing but its own copies: no barrier of the block, no work of other warps. It decodes a slab,
-// multiplies it, and refills the slot. Nobody else needs these weights or this x, so nothing is shared until a tile of
-// 64 outputs ends. Then the warps add up through shared memory, and the blocks of a cluster, each with a share of K,
-// through each other's shared memory, both in a fixed order. Copies for the next tile are under way meanwhile.
+// What bounds it: each weight is read once, 4.125 bits at group size 128, and takes M fused multiply-adds. With 16 rows or
+// less the tensor cores have several times the rate that this needs; the time is that of the memory, if enough bytes are
+// asked for all the time, if decoding keeps up, and if little happens before the first copy and after the last.
+//
+// So a warp waits for nothing but its own copies: no barrier of the block, no work of other warps. It decodes a slab,
+// multiplies it, and refills the slot; about 100 KB of weights are under way on an SM (24 slabs). Weights are read once and
+// leave L2 first. Nobody else needs these weights or this x, so nothing is shared until a tile of 64 outputs ends. Then the
+// warps add up through shared memory, and the blocks of a cluster, each with a share of K, through each other's shared
+// memory, both in a fixed order. Copies for the next tile are under way meanwhile.
 //
 // The kernel ahead in the stream may still run when this one starts (ptx/dependent_launch.cuh). It does not write weights,
 // the host sees to that, so the rings' first slabs are under way before the wait; x, bias and y are touched after it.
 //
-// Against sm80_gemm this changes several things at once: bulk copies that leave L2 first, rings without a block barrier
-// (24 slabs an SM, 100 KB of int4), sums exchanged in the cluster. What each is worth was not measured apart.
+// What was tried and what each thing gave: examples/results/laboratory.md.
 //
 // The preamble defines Config, Activation, Scale, GRANULE and SHARED_BYTES, as for sm80_gemm.
 #pragma once

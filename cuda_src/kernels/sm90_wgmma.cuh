@@ -9,11 +9,17 @@
 // Decoding is the work that a dense GEMM does not have. It runs on the ALUs while the tensor cores are busy with the
 // fragments decoded before: two sets of A registers, one in use by wgmma, one being filled. Weights are multiplied by
 // their scale in the activations' type, which rounds each once more: fp32 accumulators could be scaled exactly, but twice
-// as many of them do not fit beside 128 tokens.
+// as many of them do not fit beside 128 tokens. Float16 products are kept in range by a power of two per output, which the
+// end of a tile undoes (formats/codec.cuh).
 //
-// The work is a list of segments (tile, K range); see Segments. A tile of one segment is stored from registers. If
-// several blocks share a tile, a cluster adds the parts through the shared memory of its first block, blocks elsewhere
-// through global memory; both in a fixed order.
+// What bounds it: the memory up to some 30 rows, decoding beside it; from 64 rows on the tensor cores, and on large layers
+// the power that they may take. A tile is chosen wide in outputs, since its x is read from L2 once per tile of outputs.
+//
+// The work is a list of segments (tile, K range); see schedule/segments.cuh. A tile of one segment is stored from
+// registers. If several blocks share a tile, a cluster adds the parts through the shared memory of its first block, blocks
+// elsewhere through global memory; both in a fixed order.
+//
+// What was tried and what each thing gave: examples/results/laboratory.md.
 //
 // The preamble defines Config, Activation, Scale, GRANULE and SHARED_BYTES, as for sm80_gemm.
 #pragma once
