@@ -57,7 +57,7 @@ class Product:
         assert y.shape == exact.shape, f"{case}: shape {y.shape}, not {exact.shape}"
         if M == 0:
             return
-        of_weights = (gpu and formats.get(format).table is not None) + (M >= _ROUNDS_WEIGHTS.get(kernel, M + 1))
+        of_weights = (gpu and formats.get(format).table is not None) + (_ROUNDS_WEIGHTS.get(kernel, M + 1) <= M)
         error = abs(y - exact)
         bound = (
             ROUNDOFF[dtype] * abs(exact)

@@ -149,6 +149,22 @@ def test_every_block_has_work_and_shared_tiles_have_counters(arch: str) -> None:
                     assert not grid.is_cut or grid.tiles <= MAX_COUNTERS
 
 
+@pytest.mark.parametrize("arch", GPUS)
+@pytest.mark.parametrize("dtype", HALF)
+@pytest.mark.parametrize("scale_dtype", HALF)
+def test_weights_are_scaled_above_32_rows_but_not_where_bfloat16_would_round_the_scales(
+    arch: str, dtype: str, scale_dtype: str
+) -> None:
+    allowed = dtype == "float16" or scale_dtype == dtype
+    for m in (1, 8, 16, 32, 33, 64, 65, 128, 129, 4096):
+        found = [each.config for each in sm80_gemm.configs(m, spec("int4", 128, scale_dtype), dtype, GPUS[arch])]
+        assert found
+        for config in found:
+            assert config.scale_weights == (allowed and m > 32)
+            assert ("rounded to 16 bits after scaling" in str(config)) == config.scale_weights
+            assert config.scale_weights or config.row_atoms * config.token_tiles <= 16
+
+
 def test_the_kernel_says_what_it_does_not_serve() -> None:
     for dtype in (*DTYPES, "float64"):
         refusal = sm80_gemm.KERNEL.refuses(Problem(1, dtype, spec(), H200))

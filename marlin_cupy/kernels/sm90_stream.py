@@ -98,8 +98,8 @@ _BESIDE_BYTES = 15 << 20
 
 # Fitted to times of the shapes that are offered for int4 with group_size=128 on an H200, on the eight layers of
 # bench.shapes.LLAMA, M = 1, 8 and 16, plain launches, cold weights, by a script that is not in the tree. Of those, what
-# is predicted to be best takes longer than the best by 0.3 % on average and 3 % at worst up to M = 8, and by 0.9 % and 7
-# % at M = 16; of all 12 and 9 shapes measured, by 1 % and 3 %, and the same. Its own time is predicted within 10 %.
+# is predicted to be best takes longer than the best by 0.3 % on average and 3 % at worst up to M = 8, by 0.9 % and 7 %
+# at M = 16; up to M = 8 by 0.9 % and 3 % than the best of all 12 shapes measured. Its time is predicted within 10 %.
 #: By the largest M that they hold for.
 COSTS = {
     8: Costs(launch=1.42, warp=0.055, slab=0.41, crowd=0.0726, tile=0.61, exchange=1.4),
