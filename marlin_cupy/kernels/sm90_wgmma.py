@@ -159,7 +159,7 @@ CONFIGS = (
     RatedConfig(Config(2, 1, 1, 192, 3, 1, 1), 1027),
     RatedConfig(Config(2, 1, 1, 256, 3, 1, 1), 1295),
 )
-#: What every launch pays, and every tile of a block at its end. The launch was set beforehand.
+#: What every launch pays, and every tile of a block at its end. The launch was set before the fit, as was _OVERLAP.
 _LAUNCH_US, _TILE_US = 2.3, 0.49
 #: What a cluster pays for its exchange, and per 64 KB of a tile's sums.
 _CLUSTER_US, _CLUSTER_SHARE_US = 0.52, 0.87
