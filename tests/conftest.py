@@ -1,4 +1,8 @@
-"""Which tests run where: tests marked ``gpu`` run when ``-m`` asks for them, and then a GPU has to be there."""
+"""Which tests run where: tests marked ``gpu`` run when ``-m`` asks for them, and then a GPU has to be there.
+
+Kernels are compiled into a folder that is deleted at the end. MARLIN_CUPY_TEST_CACHE names one to keep instead: most of
+the time of the GPU tests is NVRTC's, and the next run then has it all.
+"""
 
 from __future__ import annotations
 
@@ -25,8 +29,10 @@ def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "gpu: needs a CUDA GPU; runs only when -m asks for it (pytest -m gpu).")
     config.addinivalue_line("markers", "hopper: about a kernel for sm_90a; left out on other GPUs.")
     if not hasattr(config, "workerinput"):  # workers of pytest-xdist inherit the environment
-        config.stash[_CACHE] = tempfile.mkdtemp(prefix="marlin_cupy-tests-")
-        os.environ[CACHE_VARIABLE] = config.stash[_CACHE]
+        kept = os.environ.get("MARLIN_CUPY_TEST_CACHE")
+        os.environ[CACHE_VARIABLE] = kept or tempfile.mkdtemp(prefix="marlin_cupy-tests-")
+        if not kept:
+            config.stash[_CACHE] = os.environ[CACHE_VARIABLE]
         os.environ.pop(BUNDLE_VARIABLE, None)
 
 

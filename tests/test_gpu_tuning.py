@@ -91,7 +91,7 @@ def test_tune_notices_a_wrong_kernel(cache_folder: Path, monkeypatch: pytest.Mon
     plan = kernels.plan
 
     class Lazy:
-        def multiply(self, framework: object, x: object, w: object, bias: object, out: object) -> None:
+        def multiply(self, framework: object, x: object, w: object, bias: object, out: object, dependent: bool) -> None:
             pass
 
     monkeypatch.setattr(kernels, "plan", lambda asked, each: Lazy() if each == fast else plan(asked, each))

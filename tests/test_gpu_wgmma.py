@@ -25,7 +25,7 @@ from gpu_arrays import (
 from product import Product
 
 import marlin_cupy as mc
-from marlin_cupy import formats, frameworks
+from marlin_cupy import formats, frameworks, kernels
 from marlin_cupy.api import problem_of
 from marlin_cupy.device import gpu
 from marlin_cupy.kernels import Candidate, sm90_wgmma
@@ -103,7 +103,8 @@ def test_every_configuration_is_right(name: str, dtype: str, shape: tuple[int, i
 
 @every_format
 @every_dtype
-def test_the_product_is_right_for_every_m(name: str, dtype: str) -> None:
+def test_the_product_is_right_for_every_m(name: str, dtype: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(kernels, "KERNELS", tuple(each for each in kernels.KERNELS if each.name != "sm80_gemm"))
     for (K, N), group_size in (((4096, 3000), 128), ((1032, 520), 32), ((72, 65), -1)):
         w = quantized(K, N, name, dtype, group_size)
         x = activations(max(EVERY_M), K, dtype)

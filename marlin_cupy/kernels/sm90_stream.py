@@ -210,9 +210,7 @@ class StreamPlan(Plan):
         return StreamPlan(function, streams.config, streams.clusters, problem.M, shared_bytes)
 
     def __str__(self) -> str:
-        return (
-            f"{Streams(self.config, self.clusters)} with {self.dependent_shared_bytes} bytes of shared memory a block"
-        )
+        return str(Streams(self.config, self.clusters))
 
     def multiply(
         self, framework: Framework, x: Any, w: QuantizedTensor, bias: Any | None, out: Any | None, dependent: bool
