@@ -49,7 +49,9 @@ def to_host(array: cupy.ndarray) -> np.ndarray:
 def plans(format: str, dtype: str, w: mc.QuantizedTensor, only_every: int) -> Iterator[Sm80Plan]:
     """Every configuration for its own M and for one row more than a tile, tiles whole and shared in several ways."""
     found = [
-        (largest_m, rated) for largest_m in sm80_gemm.CONFIGS for rated in sm80_gemm.configs(largest_m, w.layout, gpu())
+        (largest_m, rated)
+        for largest_m in sm80_gemm.CONFIGS
+        for rated in sm80_gemm.configs(largest_m, w.spec, dtype, gpu())
     ]
     for largest_m, rated in found[::only_every]:
         for M in (max(1, largest_m - 3), rated.config.tokens + 1):
@@ -111,6 +113,8 @@ def check_plans(format: str, dtype: str, only_every: int) -> tuple[int, int]:
                     plan.multiply(frameworks.of(x_gpu), x_gpu, w, bias_gpu, out, True)
                 case = f"{format} {dtype} {plan}, dependent={dependent}"
                 kernel = "sm90_wgmma" if isinstance(plan, WgmmaPlan) else ""
+                if isinstance(plan, Sm80Plan) and plan.config.scale_weights:
+                    kernel = "sm80_gemm"
                 exact.check(to_host(out).astype(np.float64), dtype, format, gpu=True, kernel=kernel, case=case)
                 launches[is_shared(plan)] += 1
     return launches[0], launches[1]

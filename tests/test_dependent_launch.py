@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import ctypes
-import dataclasses
 import pickle
 import threading
 from collections.abc import Iterator
@@ -332,5 +331,4 @@ def test_the_explanation_says_that_launches_are_dependent() -> None:
     assert "dependent launch" in str(sm90_stream.Streams(config, 64))
     function: Any = None
     plan = sm90_stream.StreamPlan(function, config, 64, 1, 1234)
-    assert "dependent launch with 1234 bytes" in str(plan)
-    assert "1235" in str(dataclasses.replace(plan, dependent_shared_bytes=1235))
+    assert str(plan) == str(sm90_stream.Streams(config, 64))  # which explain and tune tell

@@ -9,7 +9,7 @@ from pathlib import Path
 import cupy
 import pytest
 from cases import FORMATS, HALF
-from gpu_arrays import activations, assert_same_bits, float64, is_poison, poisoned_with_guard, weights
+from gpu_arrays import activations, assert_same_bits, float64, is_poison, kernel_of, poisoned_with_guard, weights
 from product import Product
 from typer.testing import CliRunner
 
@@ -140,7 +140,14 @@ def test_warmup_leaves_nothing_to_compile_or_load(cache_folder: Path, monkeypatc
         for M in (1, 12, 64):
             x = activations(M, 1030, "float16")
             product = Product(float64(x), float64(w.dequantize("float32")))
-            product.check(float64(mc.matmul(x, w)), "float16", w.format, gpu=True, case=f"M={M}, {w!r}")
+            product.check(
+                float64(mc.matmul(x, w)),
+                "float16",
+                w.format,
+                gpu=True,
+                kernel=kernel_of(M, "float16", w),
+                case=f"M={M}, {w!r}",
+            )
 
 
 def test_warmup_takes_what_tune_found(cache_folder: Path) -> None:

@@ -29,6 +29,9 @@ H200 = GPUS["sm_90a"]
 #: Smallest kernel that NVRTC builds: for the tests that are about the cache.
 TINY = 'extern "C" __global__ void tiny(int* y) { *y = 1; }\n'
 
+#: Bytes (stores and loads) that the compiler may spill in tiles for more than 32 rows; see spills_allowed.
+SPILLS_OF_WIDE_TILES = 352
+
 every_format = pytest.mark.parametrize("name", FORMATS)
 every_dtype = pytest.mark.parametrize("dtype", HALF)
 
@@ -72,13 +75,20 @@ def test_an_architecture_can_be_named_without_its_own_instructions() -> None:
         build(sources(spec(), "bfloat16", GPUS["sm_86"])[0], arch)
 
 
+def spills_allowed(config: str) -> int:
+    """Bytes: none, but for tiles with 4 x 8 fragments of sums a warp, whose 128 registers leave few for the rest."""
+    wide = "row_atoms = 4, token_tiles = 8" in config
+    assert not wide or "scale_weights = 1" in config
+    return SPILLS_OF_WIDE_TILES if wide else 0
+
+
 @every_dtype
 @pytest.mark.parametrize("arch", ["sm_80", "sm_90a"])
 def test_nothing_spills_at_the_default_group_size(arch: str, dtype: str) -> None:
     mma_sync = [text for text in sources(spec(), dtype, GPUS[arch]) if "wgmma<" not in text]  # test_wgmma.py has others
     found = {configuration(text): build(text, arch).spill_bytes for text in mma_sync}
     assert found
-    assert not {config: spills for config, spills in found.items() if spills}
+    assert not {config: spills for config, spills in found.items() if spills > spills_allowed(config)}
 
 
 @every_format
@@ -108,7 +118,7 @@ def test_what_a_small_gpu_runs_compiles_for_it(name: str) -> None:
 def test_every_gpu_has_a_kernel_that_fits_for_every_m(name: str, group_size: int, arch: str) -> None:
     gpu = GPUS[arch]
     for m in (1, 8, 9, 16, 17, 32, 33, 64, 65, 1000):
-        fitting = sm80_gemm.configs(m, spec(name, group_size).layout, gpu)
+        fitting = sm80_gemm.configs(m, spec(name, group_size), "float16", gpu)
         assert fitting, f"M={m}"
         assert sm80_gemm.KERNEL.refuses(Problem(m, "float16", spec(name, group_size), gpu)) is None
     for text in sources(spec(name, group_size), "float16", gpu):
@@ -127,15 +137,32 @@ def test_a_gpu_with_too_little_shared_memory_is_refused() -> None:
 @pytest.mark.parametrize("arch", GPUS)
 def test_every_block_has_work_and_shared_tiles_have_counters(arch: str) -> None:
     for K, N in ((1, 1), (128, 64), (333, 65), (4096, 4096), (28672, 8192), (8192, 57344), (65536, 64)):
-        layout = Spec("int4", (K, N), 128, "float16").layout
+        asked = Spec("int4", (K, N), 128, "float16")
+        layout = asked.layout
         for m in (1, 8, 9, 64, 129, 1000, 100000):
-            for rated in sm80_gemm.configs(m, layout, GPUS[arch]):
+            for rated in sm80_gemm.configs(m, asked, "float16", GPUS[arch]):
                 for predicted_us, grid in sm80_gemm.grids(rated, m, layout, GPUS[arch]):
                     assert predicted_us > 0
                     assert 1 <= grid.blocks <= grid.tiles * grid.steps
                     assert grid.tiles * rated.config.rows * rated.config.tokens >= m * N
                     assert grid.steps * rated.config.k >= K
                     assert not grid.is_cut or grid.tiles <= MAX_COUNTERS
+
+
+@pytest.mark.parametrize("arch", GPUS)
+@pytest.mark.parametrize("dtype", HALF)
+@pytest.mark.parametrize("scale_dtype", HALF)
+def test_weights_are_scaled_above_32_rows_but_not_where_bfloat16_would_round_the_scales(
+    arch: str, dtype: str, scale_dtype: str
+) -> None:
+    allowed = dtype == "float16" or scale_dtype == dtype
+    for m in (1, 8, 16, 32, 33, 64, 65, 128, 129, 4096):
+        found = [each.config for each in sm80_gemm.configs(m, spec("int4", 128, scale_dtype), dtype, GPUS[arch])]
+        assert found
+        for config in found:
+            assert config.scale_weights == (allowed and m > 32)
+            assert ("rounded to 16 bits after scaling" in str(config)) == config.scale_weights
+            assert config.scale_weights or config.row_atoms * config.token_tiles <= 16
 
 
 def test_the_kernel_says_what_it_does_not_serve() -> None:

@@ -38,7 +38,7 @@ def measure() -> list[tuple[int, sm80_gemm.RatedConfig, float]]:
             x = cupy.empty((m, LAYER.K), dtype=cupy.float16)
             fill_normal(x, "float16", 1.0)
             y = cupy.empty((m, LAYER.N), dtype=cupy.float16)
-            found = sm80_gemm.configs(m, weights[0].layout, properties)
+            found = sm80_gemm.configs(m, weights[0].spec, "float16", properties)
             graphs = {}
             for number, rated in enumerate(found):
                 grid = sm80_gemm.grids(rated, m, weights[0].layout, properties)[0][1]

@@ -1,7 +1,7 @@
 """What a GPU takes for what every kernel does: reading a weight, decoding it, being launched.
 
-The rest of a kernel's costs is at the top of its own file. All of them were fitted to times of an H200
-(``examples/results/h200*.json``), and elsewhere an SM is taken to be as fast as there; only the number of SMs and the
+The rest of a kernel's costs is at the top of its own file, with what it was fitted to. All of them are those of an
+H200, and elsewhere an SM is taken to be as fast as there; only the number of SMs and the
 memory are those of the GPU at hand. Predictions rank candidates; times to rely on come from :func:`marlin_cupy.tune`.
 """
 
@@ -10,8 +10,10 @@ from __future__ import annotations
 import math
 
 from marlin_cupy.device import Gpu
+from marlin_cupy.formats.scalars import FLOAT16
 from marlin_cupy.kernels.problem import Problem
 from marlin_cupy.layout import Layout
+from marlin_cupy.tensor import Spec
 
 #: The part of the memory's nominal rate that reading a weight reaches, and what the launch of a kernel adds to that in
 #: a CUDA graph: a line through the read floors in examples/results/h200.json.
@@ -31,6 +33,15 @@ def read_us(nbytes: int, gpu: Gpu) -> float:
 def decode_factor(layout: Layout) -> float:
     """The time of an SM for a slab of ``layout`` over that for a slab of int4 with group_size=128."""
     return _DECODE.get(layout.format.name, 1.0) * (_FINE_DECODE if layout.granule <= _FINE_GRANULE else 1.0)
+
+
+def can_scale(spec: Spec, dtype: str) -> bool:
+    """Whether weights may be multiplied by their scale in the activations' ``dtype``, which rounds each once more.
+
+    Not where bfloat16 would round a float16 scale, the same way for a whole group. float16 holds the digits of a
+    bfloat16 scale, and factors per output bring it into range.
+    """
+    return dtype in (FLOAT16, spec.scale_dtype)
 
 
 def floor_us(problem: Problem) -> float | None:
