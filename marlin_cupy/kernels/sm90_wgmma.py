@@ -122,8 +122,8 @@ class RatedConfig:
 # (36, whole and with stripes), what is predicted to be best takes longer than the best by 0.4 % on average and 5 % at
 # worst for M = 12 to 128, by 1.6 % and 10 % for M = 160 to 2048, where the clock depends on the power drawn and times
 # are uncertain by several per cent. On three layers that were not fitted to, (K, N) = (2048, 5632), (5120, 13824) and
-# (7168, 18432), it is 0.2 % and 3 %, and 1.7 % and 11 %. The 256 x 128 tile was placed afterwards by times in turns with
-# the other three of 128 tokens or more, at M = 256 to 2048, where it was up to 3 % faster.
+# (7168, 18432), it is 0.2 % and 3 %, and 1.7 % and 11 %. The 256 x 128 tile was placed afterwards by times in turns
+# with three others of 128 tokens or more, at M = 256 to 2048, where it was up to 3 % faster.
 #: The tiles to choose from, for any M.
 CONFIGS = (
     RatedConfig(Config(1, 2, 1, 16, 8, 2, 4), 184),
