@@ -50,7 +50,8 @@ def matmul(
             the weight before the kernels ahead on the stream have finished, and only the weight; x, bias and out are
             touched after that. So no kernel of yours that is ahead may write the weight. Whatever marlin_cupy does to
             a weight (quantize, pack, load, to, update_, the constructor) is safe. If something else wrote into
-            w.packed, call w.mark_written(), or pass False for the first multiplication on a stream after that.
+            w.packed, call w.mark_written(). (Where only codes were written and no scales, passing False for the first
+            multiplication on a stream after that is enough.)
 
     Returns:
         [..., N] in x's library, dtype and device.
