@@ -195,6 +195,31 @@ def test_a_fresh_thread_can_multiply() -> None:
     assert_same_bits(found[0], expected)
 
 
+def test_a_graph_follows_scales_that_change_by_powers_of_ten() -> None:
+    """What launches keep of the scales is in memory that update_ and mark_written write."""
+    K, N, M = 1024, 520, 64
+    x = activations(M, K, "float16") / 64
+    w = mc.quantize(weights(K, N))
+    y = poisoned((M, N), "float16")
+    with cupy.cuda.Stream(non_blocking=True) as stream:
+        cupy.cuda.Device().synchronize()
+        mc.matmul(x, w, out=y)
+        stream.begin_capture()
+        mc.matmul(x, w, out=y)
+        graph = stream.end_capture()
+        for index, size in enumerate((1.0, 1000.0, 0.01, 30.0)):
+            if index % 2:
+                w.update_(weights(K, N) * size)
+            else:
+                cupy.copyto(w.packed, mc.quantize(weights(K, N) * size).packed)
+                w.mark_written()
+            y.view(cupy.uint16).fill(0x7FFF)
+            graph.launch(stream)
+            stream.synchronize()
+            product = Product(float64(x), float64(w.dequantize("float32")))
+            product.check(float64(y), "float16", "int4", gpu=True, kernel=kernel_of(M, "float16", w), case=f"{size}")
+
+
 # ---- the same bits
 
 
