@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import functools
+import os
 import threading
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 
 import cupy
 import numpy as np
@@ -28,8 +31,10 @@ import marlin_cupy as mc
 from marlin_cupy import formats, frameworks, kernels
 from marlin_cupy.api import problem_of
 from marlin_cupy.device import gpu
+from marlin_cupy.jit import compile as nvrtc
 from marlin_cupy.kernels import Candidate, sm90_wgmma
 from marlin_cupy.kernels.sm90_wgmma import KERNEL, Tiling, WgmmaPlan
+from marlin_cupy.tensor import Spec
 
 pytestmark = [pytest.mark.gpu, pytest.mark.hopper]
 
@@ -52,8 +57,18 @@ def candidate(tiling: Tiling) -> Candidate:
     return Candidate(KERNEL.name, tiling, 1.0)
 
 
+@functools.cache
+def build_all(spec: Spec) -> None:
+    """All configurations on all cores: one after the other they would take most of the time of these tests."""
+    name, dtype = sm90_wgmma.kernel_name(spec, spec.scale_dtype), spec.scale_dtype
+    sources = [sm90_wgmma.kernel_source(spec, dtype, each.config) for each in sm90_wgmma.configs(spec.layout, gpu())]
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        list(pool.map(lambda source: nvrtc.cubin(name, source, gpu().arch), sources))
+
+
 def tilings(M: int, w: mc.QuantizedTensor) -> Iterator[Tiling]:
-    """Every configuration that fits, whole tiles and stripes."""
+    """Every configuration that fits, whole tiles and stripes, for activations in the dtype of the scales."""
+    build_all(w.spec)
     for rated in sm90_wgmma.configs(w.layout, gpu()):
         grids = {sm90_wgmma.grid_of(rated.config, M, w.layout, gpu(), stripes) for stripes in (False, True)}
         grids.add(sm90_wgmma.invariant_grid(rated.config, M, w.layout, gpu()))
