@@ -222,7 +222,11 @@ class QuantizedTensor:
             ) from None
         if device == self.device:
             return QuantizedTensor(self.spec, self._native, range_factors=self.range_factors)
-        return QuantizedTensor(self.spec, _moved(self._native, device))
+        factors = None
+        if device != CPU:  # computed here, where that needs no kernel to be compiled
+            factors = self.layout.range_factors(self._native) if self.device == CPU else self.range_factors
+            factors = _moved(factors, device)
+        return QuantizedTensor(self.spec, _moved(self._native, device), range_factors=factors)
 
     def update_(self, weight: Array, search: str = "absmax") -> QuantizedTensor:
         """Re-quantize ``weight`` (K, N) into the same memory, so that pointers held elsewhere stay valid.

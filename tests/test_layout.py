@@ -219,6 +219,32 @@ def test_padding_has_scale_zero_and_the_code_for_zero(name: str, group_size: int
 
 
 @every_format
+@pytest.mark.parametrize("scale_dtype", HALF)
+@pytest.mark.parametrize("group_size", [16, 48, 128, -1])
+def test_range_factors_put_the_largest_scale_of_each_output_below_2_to_the_15(
+    name: str, scale_dtype: str, group_size: int
+) -> None:
+    """Powers of two; 1 for outputs without a scale. Negative and subnormal scales count by their magnitude."""
+    format = formats.get(name)
+    K, N = 400, 70
+    given = random_weight(format, K, N, group_size, scale_dtype, seed=6)
+    scales = given.scales.astype(np.float32) * np.float32(2.0) ** (np.arange(N) % 23 - 20)
+    scales[:, 1::3] *= -1
+    scales[:, 5] = 0
+    scales = scales.astype(DTYPES[scale_dtype])
+    w = pack(format, given._replace(scales=scales), group_size)
+    factors = w.layout.range_factors(w.packed)
+    assert factors.dtype == np.float32
+    assert factors.shape == (128,)
+    assert (np.frexp(factors)[0] == 0.5).all()
+    largest = np.abs(scales.astype(np.float32)).max(axis=0)
+    reached = largest * factors[:N]
+    assert ((reached >= 2.0**14) & (reached < 2.0**15))[largest > 0].all()
+    assert (factors[:N][largest == 0] == 1).all()
+    assert (factors[N:] == 1).all()
+
+
+@every_format
 def test_the_storage_overhead_is_the_scales(name: str) -> None:
     """A weight of whole slabs takes bits / 8 bytes per value and 2 per parameter, nothing else."""
     format = formats.get(name)
