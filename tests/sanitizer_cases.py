@@ -24,9 +24,7 @@ import marlin_cupy as mc
 from marlin_cupy import frameworks
 from marlin_cupy.device import gpu
 from marlin_cupy.kernels import Problem, sm80_gemm, sm90_stream, sm90_wgmma
-from marlin_cupy.kernels.sm80_gemm import Sm80Plan, Tiling
-from marlin_cupy.kernels.sm90_stream import StreamPlan, Streams
-from marlin_cupy.kernels.sm90_wgmma import WgmmaPlan
+from marlin_cupy.kernels.cuda import CudaConfiguration, CudaKernel
 
 #: (K, N): edges in both directions; and enough steps for blocks to share a tile.
 SHAPES = ((75, 70), (1100, 200))
@@ -46,7 +44,10 @@ def to_host(array: cupy.ndarray) -> np.ndarray:
     return array.view(cupy.uint16).get().view(array.dtype)
 
 
-def plans(format: str, dtype: str, w: mc.QuantizedTensor, only_every: int) -> Iterator[Sm80Plan]:
+Case = tuple[CudaKernel, int, CudaConfiguration]  # with the number of rows
+
+
+def portable_cases(dtype: str, w: mc.QuantizedTensor, only_every: int) -> Iterator[Case]:
     """Every configuration for its own M and for one row more than a tile, tiles whole and shared in several ways."""
     found = [
         (largest_m, rated)
@@ -56,24 +57,22 @@ def plans(format: str, dtype: str, w: mc.QuantizedTensor, only_every: int) -> It
     for largest_m, rated in found[::only_every]:
         for M in (max(1, largest_m - 3), rated.config.tokens + 1):
             grid = sm80_gemm.grids(rated, M, w.layout, gpu())[0][1]
-            plan = Sm80Plan.make(Tiling(rated.config, grid), Problem(M, dtype, w.spec, gpu()))
-            steps = plan.grid.tiles * plan.grid.steps
-            for blocks in sorted({plan.grid.tiles, max(1, 2 * steps // 3), steps}):
-                yield dataclasses.replace(plan, grid=dataclasses.replace(plan.grid, blocks=blocks))
+            steps = grid.tiles * grid.steps
+            for blocks in sorted({grid.tiles, max(1, 2 * steps // 3), steps}):
+                yield sm80_gemm.KERNEL, M, sm80_gemm.Tiling(rated.config, dataclasses.replace(grid, blocks=blocks))
 
 
-def stream_plans(dtype: str, w: mc.QuantizedTensor) -> Iterator[StreamPlan]:
+def stream_cases(dtype: str, w: mc.QuantizedTensor) -> Iterator[Case]:
     """Every configuration, for one row and for one less than it takes, with all tiles in one cluster and in several."""
     for largest_m in (8, 16):
         for config in sm90_stream.configs(largest_m, w.layout, gpu()):
             for M in (1, largest_m - 1):
-                problem = Problem(M, dtype, w.spec, gpu())
-                if sm90_stream.KERNEL.refuses(problem) is None:
+                if sm90_stream.KERNEL.refuses(Problem(M, dtype, w.spec, gpu())) is None:
                     for clusters in sorted({1, w.layout.packed_shape[0]}):
-                        yield StreamPlan.make(Streams(config, clusters), problem)
+                        yield sm90_stream.KERNEL, M, sm90_stream.Streams(config, clusters)
 
 
-def wgmma_plans(dtype: str, w: mc.QuantizedTensor, only_every: int) -> Iterator[WgmmaPlan]:
+def wgmma_cases(dtype: str, w: mc.QuantizedTensor, only_every: int) -> Iterator[Case]:
     """Every configuration for less than a tile of rows and for a few more: tiles whole and shared in several ways."""
     if sm90_wgmma.KERNEL.refuses(Problem(1, dtype, w.spec, gpu())) is not None:
         return
@@ -89,12 +88,11 @@ def wgmma_plans(dtype: str, w: mc.QuantizedTensor, only_every: int) -> Iterator[
                 for blocks in sorted(blocks for blocks in set(cut) if blocks > 0 and tiles % blocks):
                     alone = tiles // blocks if tiles % blocks * steps >= blocks else max(0, tiles // blocks - 1)
                     grids.append(dataclasses.replace(whole, blocks=blocks, whole=alone))
-            problem = Problem(M, dtype, w.spec, gpu())
             for grid in dict.fromkeys(grids):
-                yield WgmmaPlan.make(sm90_wgmma.Tiling(config, grid), problem)
+                yield sm90_wgmma.KERNEL, M, sm90_wgmma.Tiling(config, grid)
 
 
-def check_plans(format: str, dtype: str, only_every: int) -> tuple[int, int]:
+def check_kernels(format: str, dtype: str, only_every: int) -> tuple[int, int]:
     """Numbers of launches with whole tiles and with shared ones."""
     launches = [0, 0]
     for K, N in SHAPES + WGMMA_SHAPES:
@@ -102,29 +100,37 @@ def check_plans(format: str, dtype: str, only_every: int) -> tuple[int, int]:
         w = on_host.to("cuda")
         x, bias = rows((261, K), seed=N, dtype=dtype), rows((N,), seed=K, dtype=dtype)
         exact = Product(*(part.astype(np.float64) for part in (x, on_host.dequantize("float32"), bias)))
-        portable = () if (K, N) in WGMMA_SHAPES else (*plans(format, dtype, w, only_every), *stream_plans(dtype, w))
-        for plan in (*portable, *wgmma_plans(dtype, w, only_every)):
-            x_gpu, bias_gpu = to_gpu(x[: plan.m]), to_gpu(bias)
-            for dependent in (False,) if isinstance(plan, Sm80Plan) else (False, True):
-                out = cupy.asarray(np.full((plan.m, N), _NAN, np.uint16)).view(DTYPES[dtype])
+        others = () if (K, N) in WGMMA_SHAPES else (*portable_cases(dtype, w, only_every), *stream_cases(dtype, w))
+        for kernel, M, configuration in (*others, *wgmma_cases(dtype, w, only_every)):
+            plan = kernel.plan(Problem(M, dtype, w.spec, gpu()), configuration)
+            x_gpu, bias_gpu = to_gpu(x[:M]), to_gpu(bias)
+            for dependent in (False, True) if configuration.dependent else (False,):
+                out = cupy.asarray(np.full((M, N), _NAN, np.uint16)).view(DTYPES[dtype])
                 plan.multiply(frameworks.of(x_gpu), x_gpu, w, bias_gpu, out, False)
                 if dependent:  # behind a launch, which it can overlap with
                     plan.multiply(frameworks.of(x_gpu), x_gpu, w, bias_gpu, out, True)
                     plan.multiply(frameworks.of(x_gpu), x_gpu, w, bias_gpu, out, True)
+                rounding = kernel.name if rounds_weights(configuration) else ""
                 case = f"{format} {dtype} {plan}, dependent={dependent}"
-                kernel = "sm90_wgmma" if isinstance(plan, WgmmaPlan) else ""
-                if isinstance(plan, Sm80Plan) and plan.config.scale_weights:
-                    kernel = "sm80_gemm"
-                exact.check(to_host(out).astype(np.float64), dtype, format, gpu=True, kernel=kernel, case=case)
-                launches[is_shared(plan)] += 1
+                exact.check(to_host(out).astype(np.float64), dtype, format, gpu=True, kernel=rounding, case=case)
+                launches[is_shared(configuration)] += 1
     return launches[0], launches[1]
 
 
-def is_shared(plan: Sm80Plan | StreamPlan | WgmmaPlan) -> bool:
+def rounds_weights(configuration: CudaConfiguration) -> bool:
+    """Whether weights are rounded once more after scaling."""
+    if isinstance(configuration, sm80_gemm.Tiling):
+        return configuration.config.scale_weights
+    return isinstance(configuration, sm90_wgmma.Tiling)
+
+
+def is_shared(configuration: CudaConfiguration) -> bool:
     """Whether blocks exchange parts of tiles."""
-    if isinstance(plan, Sm80Plan):
-        return plan.grid.is_cut
-    return plan.config.cluster > 1 or (isinstance(plan, WgmmaPlan) and plan.grid.shared_tiles > 0)
+    if isinstance(configuration, sm80_gemm.Tiling):
+        return configuration.grid.is_cut
+    if isinstance(configuration, sm90_wgmma.Tiling) and configuration.grid.shared_tiles > 0:
+        return True
+    return configuration.config.cluster > 1
 
 
 def check_addresses() -> int:
@@ -149,7 +155,7 @@ def main() -> None:
     whole = shared = 0
     for index, format in enumerate(FORMATS):
         for dtype in HALF if format == "int4" else (HALF[index % 2],):
-            counts = check_plans(format, dtype, only_every=1 if format == "int4" and dtype == "float16" else 3)
+            counts = check_kernels(format, dtype, only_every=1 if format == "int4" and dtype == "float16" else 3)
             whole, shared = whole + counts[0], shared + counts[1]
     others = check_addresses()
     assert whole, "no launch with whole tiles"

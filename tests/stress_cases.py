@@ -34,7 +34,7 @@ def candidates(problem: Problem) -> Iterator[tuple[Candidate, Plan]]:
     for kernel in kernels.KERNELS:
         if kernel.name.startswith("sm90") and kernel.refuses(problem) is None:
             for candidate in kernel.candidates(problem):
-                yield candidate, kernel.plan(problem, candidate)
+                yield candidate, kernel.plan(problem, candidate.configuration)
 
 
 def main() -> int:

@@ -17,7 +17,7 @@ from cases import FORMATS, GPUS, gaussian, rows
 import marlin_cupy as mc
 from marlin_cupy import tensor, writes
 from marlin_cupy.jit import launch
-from marlin_cupy.kernels import Plan, sm90_stream, tuned
+from marlin_cupy.kernels import Plan, Problem, sm90_stream, tuned
 from marlin_cupy.tensor import Spec
 from marlin_cupy.writes import Writes
 
@@ -317,7 +317,7 @@ def test_shared_memory_keeps_the_next_kernel_off_the_sm_where_the_layer_is_large
                 layout = Spec(name, (K, N), 128, "float16").layout
                 for config in sm90_stream.configs(m, layout, H200):
                     taken = sm90_stream.dependent_shared_bytes(config, layout, H200)
-                    assert config.shared_bytes(layout) <= taken <= sm90_stream.all_shared_bytes(config, H200)
+                    assert config.shared_bytes(layout) <= taken <= config.most_shared_bytes(H200)
                     assert taken <= H200.shared_per_block
                     left = H200.shared_per_sm - config.blocks_per_sm * (taken + 1024)
                     assert left >= 0
@@ -325,10 +325,10 @@ def test_shared_memory_keeps_the_next_kernel_off_the_sm_where_the_layer_is_large
 
 
 def test_the_explanation_says_that_launches_are_dependent() -> None:
-    layout = Spec("int4", (4096, 4096), 128, "float16").layout
-    config = sm90_stream.configs(1, layout, H200)[0]
-    assert sm90_stream.Streams(config, 64).dependent
-    assert "dependent launch" in str(sm90_stream.Streams(config, 64))
+    problem = Problem(1, "float16", Spec("int4", (4096, 4096), 128, "float16"), H200)
+    streams = sm90_stream.KERNEL.candidates(problem)[0].configuration
+    assert streams.dependent
+    assert "dependent launch" in str(streams)
     function: Any = None
-    plan = sm90_stream.StreamPlan(function, config, 64, 1, 1234)
-    assert str(plan) == str(sm90_stream.Streams(config, 64))  # which explain and tune tell
+    assert isinstance(streams, sm90_stream.Streams)
+    assert str(sm90_stream.StreamPlan(function, streams, problem)) == str(streams)  # which explain and tune tell

@@ -32,8 +32,8 @@ from marlin_cupy import formats, frameworks, kernels
 from marlin_cupy.api import problem_of
 from marlin_cupy.device import gpu
 from marlin_cupy.jit import compile as nvrtc
-from marlin_cupy.kernels import Candidate, sm90_wgmma
-from marlin_cupy.kernels.sm90_wgmma import KERNEL, Tiling, WgmmaPlan
+from marlin_cupy.kernels import sm90_wgmma
+from marlin_cupy.kernels.sm90_wgmma import KERNEL, Tiling
 from marlin_cupy.tensor import Spec
 
 pytestmark = [pytest.mark.gpu, pytest.mark.hopper]
@@ -53,17 +53,12 @@ def quantized(K: int, N: int, name: str = "int4", dtype: str = "float16", group_
     return mc.quantize(weights(K, N), name, group_size, scale_dtype=dtype)
 
 
-def candidate(tiling: Tiling) -> Candidate:
-    return Candidate(KERNEL.name, tiling, 1.0)
-
-
 @functools.cache
 def build_all(spec: Spec) -> None:
     """All configurations on all cores: one after the other they would take most of the time of these tests."""
-    name, dtype = sm90_wgmma.kernel_name(spec, spec.scale_dtype), spec.scale_dtype
-    sources = [sm90_wgmma.kernel_source(spec, dtype, each.config) for each in sm90_wgmma.configs(spec.layout, gpu())]
+    builds = list(KERNEL.variants(spec, spec.scale_dtype, gpu()))
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        list(pool.map(lambda source: nvrtc.cubin(name, source, gpu().arch), sources))
+        list(pool.map(lambda build: nvrtc.cubin(build[0], build[1], gpu().arch), builds))
 
 
 def tilings(M: int, w: mc.QuantizedTensor) -> Iterator[Tiling]:
@@ -80,8 +75,7 @@ def launched(
     tiling: Tiling, x: cupy.ndarray, w: mc.QuantizedTensor, bias: cupy.ndarray | None = None, dependent: bool = False
 ) -> cupy.ndarray:
     dtype = frameworks.of(x).dtype(x)
-    plan = KERNEL.plan(problem_of(w, x.shape[0], dtype), candidate(tiling))
-    assert isinstance(plan, WgmmaPlan)
+    plan = KERNEL.plan(problem_of(w, x.shape[0], dtype), tiling)
     out, guard = poisoned_with_guard(x.shape[0], w.shape[1], dtype)
     plan.multiply(frameworks.of(x), x, w, bias, out, dependent)
     assert is_poison(guard), str(tiling)
@@ -248,7 +242,7 @@ def test_every_grid_repeats_bit_for_bit(dtype: str, M: int) -> None:
     streams = [cupy.cuda.Stream(non_blocking=True) for _ in range(3)]
     for tiling in tilings(M, w):
         expected = launched(tiling, x, w)
-        plan = KERNEL.plan(problem_of(w, M, dtype), candidate(tiling))
+        plan = KERNEL.plan(problem_of(w, M, dtype), tiling)
         framework = frameworks.of(x)
         outs = [[poisoned((M, 1000), dtype) for _ in range(4)] for _ in streams]
         cupy.cuda.Device().synchronize()
@@ -284,7 +278,7 @@ def test_dependent_launches_have_the_bits_of_plain_ones(name: str, dtype: str) -
     bias = activations(1, K, dtype)[0]
     for M in (20, 64, 200, 500):
         for tiling in tilings(M, layers[0]):
-            plan = KERNEL.plan(problem_of(layers[0], M, dtype), candidate(tiling))
+            plan = KERNEL.plan(problem_of(layers[0], M, dtype), tiling)
             results = []
             for dependent in (False, True, True):
                 values = [activations(M, K, dtype), *(poisoned((M, K), dtype) for _ in range(6))]

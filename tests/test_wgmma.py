@@ -1,26 +1,21 @@
-"""The kernel with wgmma, on the CPU: what is built, what is offered, what is refused, what a launch is told."""
+"""The kernel with wgmma, on the CPU: what is built, what is offered, what is refused."""
 
 from __future__ import annotations
 
 import dataclasses
 import itertools
 import math
-import struct
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
 from cases import FORMATS, GPUS, HALF
 
 import marlin_cupy as mc
-from marlin_cupy import kernels, writes
+from marlin_cupy import kernels
 from marlin_cupy.bench.shapes import LLAMA
-from marlin_cupy.device import Device
-from marlin_cupy.frameworks import StreamFramework
 from marlin_cupy.jit import compile as jit_compile
-from marlin_cupy.jit import launch, tensor_map
-from marlin_cupy.kernels import Plan, Problem, sm80_gemm, sm90_wgmma
-from marlin_cupy.kernels.operands import Rows
+from marlin_cupy.jit import launch
+from marlin_cupy.kernels import Problem, sm90_wgmma
 from marlin_cupy.kernels.sm90_wgmma import KERNEL, Config, Tiling
 from marlin_cupy.layout import SLAB_K, Layout
 from marlin_cupy.tensor import Spec
@@ -59,7 +54,7 @@ def test_configurations_compile_without_spills_and_get_the_registers_that_they_t
     found = [rated.config for rated in sm90_wgmma.configs(spec.layout, H200)]
     assert found
     for config in found if index == 0 else found[index % 4 :: 4]:
-        text = sm90_wgmma.kernel_source(spec, dtype, config)
+        _, text = KERNEL.source_of(spec, dtype, config)
         text += f'static_assert(sizeof(Args) == {sm90_wgmma._ARGS.size}, "the host twin packs as much");\n'
         built = jit_compile.compile(text, "sm_90a")
         assert built.registers == config.launch_registers, config
@@ -231,162 +226,7 @@ def test_where_no_kernel_can_be_batch_invariant_all_say_why() -> None:
         assert "batch_invariant was asked for" in str(caught.value)
 
 
-# ---- launches, with everything below replaced
-
-
-class Memory(StreamFramework):
-    """Arrays are (pointer, stride, shape); what is allocated starts at 4096."""
-
-    name = "memory"
-
-    def device(self, array: Any) -> Device:
-        return Device("cuda", 0)
-
-    def dtype(self, array: Any) -> str:
-        return "float16"
-
-    def to_native(self, array: Any) -> Any:
-        return array
-
-    def from_native(self, native: Any) -> Any:
-        return native
-
-    def pointer(self, array: Any) -> int:
-        return int(array.pointer)
-
-    def strides(self, array: Any) -> tuple[int, ...]:
-        return array.stride, 1
-
-    def empty(self, shape: tuple[int, ...], dtype: str, device: Device) -> Any:
-        return SimpleNamespace(pointer=4096, stride=shape[-1], shape=shape)
-
-    def stream(self, device: Device) -> int:
-        return 77
-
-    def rows(self, array: Any) -> Any:
-        return array
-
-
-class Launches:
-    """A plan over a function that notes what it is launched with."""
-
-    def __init__(self, monkeypatch: pytest.MonkeyPatch, M: int, **changes: Any) -> None:
-        self.problem = problem(M, **changes)
-        self.log: list[tuple[str, int, int, bytes]] = []
-        self.portable: list[bool] = []
-        self.made = 0
-        monkeypatch.setattr(tensor_map, "of_matrix", self.of_matrix)
-        monkeypatch.setattr(launch, "load", lambda *_: self)
-        monkeypatch.setattr(launch, "counters", lambda _: SimpleNamespace(address=lambda stream, count: 8000 + count))
-        monkeypatch.setattr(sm80_gemm.KERNEL, "plan", self.plan_portable, raising=False)
-        self.plan = KERNEL.plan(self.problem, KERNEL.candidates(self.problem)[0])
-        spec = self.problem.spec
-        self.w = SimpleNamespace(
-            shape=spec.shape,
-            device=Device("cuda", 0),
-            layout=spec.layout,
-            pointer=512,
-            factors_pointer=256,
-            writes=writes.Writes(),
-        )
-
-    def of_matrix(self, pointer: int, dtype: str, shape: tuple[int, int], stride: int, box: tuple[int, int]) -> bytes:
-        assert pointer % 16 == 0
-        assert shape[0] == 1 or (stride % 8 == 0 and stride >= shape[1])
-        return struct.pack("=5q", pointer, *shape, *box).ljust(128, b"\0")
-
-    def plan_portable(self, asked: Problem, candidate: kernels.Candidate) -> Plan:
-        assert asked == self.problem
-        assert candidate.kernel == "sm80_gemm"
-        self.made += 1
-        found: Any = SimpleNamespace(multiply=lambda framework, x, w, bias, out, dependent: out)
-        return found
-
-    def launch(self, blocks: int, threads: int, stream: int, arguments: launch.ArgumentBlock) -> None:
-        self.log.append(("plain", blocks, threads, arguments.data.raw))
-
-    def launch_dependent(self, record: Any, blocks: int, threads: int, stream: int, arguments: Any) -> None:
-        assert record is self.w.writes
-        self.log.append(("dependent", blocks, threads, arguments.data.raw))
-
-    def multiply(self, pointer: int, stride: int, dependent: bool = True, out: Any = None) -> Any:
-        x = SimpleNamespace(pointer=pointer, stride=stride, shape=(self.problem.M, self.problem.spec.shape[0]))
-        w: Any = self.w
-        return self.plan.multiply(Memory(), x, w, None, out, dependent)
-
-
-def test_a_launch_is_told_where_everything_is(monkeypatch: pytest.MonkeyPatch) -> None:
-    for M, N in ((64, 4096), (1000, 3000), (100, 520)):
-        given = Launches(monkeypatch, M, N=N)
-        y = given.multiply(1024, 4096)
-        given.multiply(1024, 4104, dependent=False, out=SimpleNamespace(pointer=4098, stride=N))
-        assert y.shape == (M, N)
-        assert [entry[0] for entry in given.log] == ["dependent", "plain"]
-        assert given.made == 0
-        plan = given.plan
-        assert isinstance(plan, sm90_wgmma.WgmmaPlan)
-        shared = plan.grid.shared_tiles
-        for index, (_, blocks, threads, raw) in enumerate(given.log):
-            assert (blocks, threads) == (plan.grid.blocks * plan.config.cluster, plan.config.threads)
-            assert struct.unpack_from("=5q", raw) == (1024, M, 4096, plan.config.tokens, 64)
-            found = struct.unpack_from("=6Qq12i", raw, 128)
-            assert found == (
-                512,
-                256,
-                0,
-                4098 if index else 4096,
-                4096 if shared else 0,
-                8000 + shared if shared else 0,
-                N,
-                M,
-                N,
-                -(-N // 64),
-                plan.grid.tiles_m,
-                plan.grid.tiles // plan.grid.tiles_m,
-                not index,
-                plan.grid.tiles,
-                4096 // SLAB_K,
-                plan.grid.blocks,
-                plan.grid.whole,
-                *divmod(shared * 4096 // SLAB_K, plan.grid.blocks),
-            )
-
-
-def test_x_that_the_copy_engine_cannot_read_goes_to_the_portable_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
-    given = Launches(monkeypatch, 64)
-    places = ((1026, 4096), (1032, 4096), (1024, 4097), (1024, 4100), (1024, 4088), (1024, 0), (1024, -4096))
-    for pointer, stride in places:
-        assert given.multiply(pointer, stride).shape == (64, 4096)
-    assert given.log == []
-    assert given.made == 1  # when it was needed, and once
-    strict = Launches(monkeypatch, 64, batch_invariant=True)
-    for pointer, stride in places:
-        with pytest.raises(ValueError, match="batch_invariant needs rows that start at multiples of 16 bytes"):
-            strict.multiply(pointer, stride)
-    assert strict.log == []
-    assert strict.made == 0
-    strict.multiply(1024, 4096)
-    assert len(strict.log) == 1
-    one = Launches(monkeypatch, 1)
-    for stride in (0, 1, -4096):  # of one row the stride is of no account
-        one.multiply(1024, stride)
-    assert len(one.log) == 3
-
-
-def test_no_rows_are_no_launch(monkeypatch: pytest.MonkeyPatch) -> None:
-    given = Launches(monkeypatch, 0)
-    assert given.multiply(1025, 3).shape == (0, 4096)
-    assert given.log == []
-    out = SimpleNamespace(pointer=0, stride=0)
-    assert given.multiply(1025, 3, out=out) is out
-
-
-def test_rows_know_where_they_start() -> None:
-    assert Rows(32, 8, 5).start_at(16)
-    assert not Rows(40, 8, 5).start_at(16)
-    assert Rows(40, 4, 5).start_at(8)
-    assert not Rows(32, 4, 5).start_at(16)
-    assert Rows(32, 3, 1).start_at(16)
+# ---- in words
 
 
 def test_the_words_tell_what_splits_k() -> None:

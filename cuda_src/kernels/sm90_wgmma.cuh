@@ -315,6 +315,18 @@ private:
             for (int i = 0; i < quads_per_block; ++i) visit(r, i);
     }
 
+    // Adds what others have left in shared memory, one after the other.
+    template <int OTHERS>
+    __device__ void add_shares(u32 shares) {
+#pragma unroll
+        for (int other = 0; other < OTHERS; ++other)
+            each_quad([&](int r, int i) {
+                const Vec4 v = load_shared_vec4(shares + other * Place::share_bytes + share_offset() + quad_offset(r, i));
+#pragma unroll
+                for (int j = 0; j < 4; ++j) sums[r][4 * i + j] += __uint_as_float(v.word[j]);
+            });
+    }
+
     // Adds the K groups up in the first one; false for the others.
     __device__ bool add_k_groups() {
         const u32 shares = shared + Place::k_shares;
@@ -327,13 +339,7 @@ private:
             });
         barrier_sync(CONSUMERS, Tile::consumers);
         if (wg_k > 0) return false;
-#pragma unroll
-        for (int g = 0; g < Tile::wgs_k - 1; ++g)
-            each_quad([&](int r, int i) {
-                const Vec4 v = load_shared_vec4(shares + g * Place::share_bytes + share_offset() + quad_offset(r, i));
-#pragma unroll
-                for (int j = 0; j < 4; ++j) sums[r][4 * i + j] += __uint_as_float(v.word[j]);
-            });
+        add_shares<Tile::wgs_k - 1>(shares);
         return true;
     }
 
@@ -352,13 +358,7 @@ private:
             return false;
         }
         barrier_wait(arrived, 0);
-#pragma unroll
-        for (int other = 0; other < Tile::cluster - 1; ++other)
-            each_quad([&](int r, int i) {
-                const Vec4 v = load_shared_vec4(shares + other * Place::share_bytes + share_offset() + quad_offset(r, i));
-#pragma unroll
-                for (int j = 0; j < 4; ++j) sums[r][4 * i + j] += __uint_as_float(v.word[j]);
-            });
+        add_shares<Tile::cluster - 1>(shares);
         return true;
     }
 

@@ -5,10 +5,10 @@ from __future__ import annotations
 from typing import NamedTuple
 
 from marlin_cupy.device import Gpu
+from marlin_cupy.kernels.cuda import RESERVED_SHARED
 
 _WARP = 32
 _BARRIER = 8
-_RESERVED_SHARED = 1024  # the driver's share of each block
 _MIN_ARCH = 90
 
 
@@ -50,7 +50,7 @@ class BulkShape(NamedTuple):
 
     def serves(self, gpu: Gpu) -> bool:
         """Whether the GPU has bulk copies, and room."""
-        per_sm = self.blocks_per_sm * (self.shared_bytes(gpu) + _RESERVED_SHARED)
+        per_sm = self.blocks_per_sm * (self.shared_bytes(gpu) + RESERVED_SHARED)
         return int(gpu.arch.removeprefix("sm_").rstrip("af")) >= _MIN_ARCH and per_sm <= gpu.shared_per_sm
 
     def __str__(self) -> str:

@@ -41,12 +41,12 @@ def choose(problem: Problem) -> Candidate:
 
 def plan(problem: Problem, candidate: Candidate) -> Plan:
     """A candidate for ``problem``, compiled and loaded."""
-    return _kernel(candidate).plan(problem, candidate)
+    return _kernel(candidate).plan(problem, candidate.configuration)
 
 
 def source(problem: Problem, candidate: Candidate) -> tuple[str, str] | None:
     """(name, CUDA source) that a candidate for ``problem`` needs; None on the CPU."""
-    return _kernel(candidate).source(problem, candidate)
+    return _kernel(candidate).source(problem, candidate.configuration)
 
 
 def _kernel(candidate: Candidate) -> Kernel:

@@ -1,8 +1,8 @@
 """What a GPU takes for what every kernel does: reading a weight, decoding it, being launched.
 
 The rest of a kernel's costs is at the top of its own file, with what it was fitted to. All of them are those of an
-H200, and elsewhere an SM is taken to be as fast as there; only the number of SMs and the
-memory are those of the GPU at hand. Predictions rank candidates; times to rely on come from :func:`marlin_cupy.tune`.
+H200, and elsewhere an SM is taken to be as fast as there; only the number of SMs and the memory are those of the GPU at
+hand. Predictions rank candidates; times to rely on come from :func:`marlin_cupy.tune`.
 """
 
 from __future__ import annotations

@@ -1,11 +1,12 @@
-"""Where the operands of a product lie."""
+"""Where the operands of a product lie, and the memory that it needs besides."""
 
 from __future__ import annotations
 
 from typing import Any, NamedTuple
 
+from marlin_cupy.device import Device
 from marlin_cupy.frameworks import StreamFramework
-from marlin_cupy.tensor import QuantizedTensor
+from marlin_cupy.jit import launch
 
 
 class Rows(NamedTuple):
@@ -32,8 +33,23 @@ class Rows(NamedTuple):
         return self.pointer % nbytes == 0 and (self.number == 1 or 2 * self.stride % nbytes == 0)
 
 
-def output(framework: StreamFramework, x: Any, w: QuantizedTensor, out: Any | None) -> Any:
-    """``out``, or a new array for ``x @ w``."""
-    if out is not None:
-        return out
-    return framework.empty((*x.shape[:-1], w.shape[1]), framework.dtype(x), w.device)
+class Exchange(NamedTuple):
+    """Memory by which blocks add up tiles that they share; addresses are 0 where they share none.
+
+    Attributes:
+        memory: the array that the partial tiles are in: whoever launches keeps it until that is done.
+        partials: its address.
+        counters: address of a zero per shared tile.
+    """
+
+    memory: Any
+    partials: int
+    counters: int
+
+    @staticmethod
+    def of(framework: StreamFramework, device: Device, stream: int, floats: int, shared_tiles: int) -> Exchange:
+        """For a launch on ``stream`` whose partial tiles are so many float32."""
+        if shared_tiles == 0:
+            return Exchange(None, 0, 0)
+        memory = framework.empty((floats,), "float32", device)
+        return Exchange(memory, framework.pointer(memory), launch.counters(device.index).address(stream, shared_tiles))

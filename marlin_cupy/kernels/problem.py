@@ -89,12 +89,12 @@ class Kernel(ABC):
         """What is worth trying for a problem that it does not refuse, at least one, in any order."""
 
     @abstractmethod
-    def source(self, problem: Problem, candidate: Candidate) -> tuple[str, str] | None:
-        """(name, CUDA source) that a candidate of :meth:`candidates` needs, for compiling ahead; None on the CPU."""
+    def source(self, problem: Problem, configuration: Configuration) -> tuple[str, str] | None:
+        """(name, CUDA source) that a configuration of this kernel needs, for compiling ahead; None on the CPU."""
 
     @abstractmethod
-    def plan(self, problem: Problem, candidate: Candidate) -> Plan:
-        """Compile and load what one of :meth:`candidates` needs."""
+    def plan(self, problem: Problem, configuration: Configuration) -> Plan:
+        """Compile and load what a configuration of this kernel needs."""
 
     def variants(self, spec: Spec, dtype: str, gpu: Gpu) -> Iterator[tuple[str, str]]:
         """(name, source) of every CUDA kernel that weights of ``spec`` can need on ``gpu``, for compiling ahead."""

@@ -84,13 +84,13 @@ class Reference(Kernel):
         """The one way, of which no time is known."""
         return [Candidate(self.name, Rows(problem.batch_invariant), math.inf)]
 
-    def source(self, problem: Problem, candidate: Candidate) -> None:
+    def source(self, problem: Problem, configuration: Configuration) -> None:
         """Nothing to compile."""
 
-    def plan(self, problem: Problem, candidate: Candidate) -> Plan:
+    def plan(self, problem: Problem, configuration: Configuration) -> Plan:
         """Nothing to make ready."""
-        assert isinstance(candidate.configuration, Rows)
-        return ReferencePlan(candidate.configuration)
+        assert isinstance(configuration, Rows)
+        return ReferencePlan(configuration)
 
 
 KERNEL = Reference()

@@ -6,15 +6,15 @@ import dataclasses
 import struct
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
 
 from marlin_cupy.device import Gpu
 from marlin_cupy.formats.scalars import HALF_DTYPES
-from marlin_cupy.frameworks import Framework, StreamFramework
-from marlin_cupy.jit import launch, source
+from marlin_cupy.frameworks import StreamFramework
+from marlin_cupy.jit import launch
 from marlin_cupy.kernels.costs import can_scale, decode_factor, read_us
-from marlin_cupy.kernels.operands import Rows, output
-from marlin_cupy.kernels.problem import Candidate, Configuration, Kernel, Plan, Problem
+from marlin_cupy.kernels.cuda import Block, CudaConfiguration, CudaKernel, CudaPlan, shared_budget
+from marlin_cupy.kernels.operands import Exchange, Rows
+from marlin_cupy.kernels.problem import Candidate, Problem
 from marlin_cupy.layout import HALF_N, SLAB_K, SLAB_N, Layout
 from marlin_cupy.tensor import QuantizedTensor, Spec
 
@@ -23,12 +23,11 @@ _MIN_ARCH = 80
 _ARGS = struct.Struct("=7Q2q9i4x")
 _ARGUMENTS = launch.ArgumentBlock(_ARGS.size)
 _WARP = 32
-_RESERVED_SHARED = 1024  # the driver's share of each block
 
 
 @dataclass(frozen=True)
-class Config:
-    """The tile of a block; printed as the C++ struct that the kernel takes.
+class Config(Block):
+    """The tile of a block.
 
     A block of ``warps_n * warps_m * warps_k`` warps computes ``rows`` outputs x ``tokens``; a warp owns
     ``row_atoms`` x 16 rows, ``token_tiles`` x 8 tokens and ``k_atoms`` x 16 of each K step. With ``scale_weights`` a
@@ -70,11 +69,6 @@ class Config:
         weights = self.rows // HALF_N * (self.k // SLAB_K) * layout.half_bytes
         exchange = self.warps_k * 8 * self.warps_m * (self.rows + 4) * 4
         return layout.format.table_bytes + self.stages * (weights + self.tokens * self.k * 2) + exchange
-
-    def cpp(self) -> str:
-        """The C++ struct."""
-        fields = ", ".join(f"{name} = {value:d}" for name, value in dataclasses.asdict(self).items())
-        return f"struct Config {{ static constexpr int {fields}; }};"
 
     def __str__(self) -> str:
         rounds = ", weights are rounded to 16 bits after scaling" if self.scale_weights else ""
@@ -153,23 +147,12 @@ _MIN_STEPS = 2
 _GRIDS_OFFERED = 2
 
 
-def kernel_source(spec: Spec, dtype: str, config: Config) -> str:
-    """The complete CUDA source for a format, its granule, an activation dtype and a configuration."""
-    return source.specialized("sm80_gemm", spec, dtype, config.cpp(), config.shared_bytes(spec.layout))
-
-
-def kernel_name(spec: Spec, dtype: str) -> str:
-    """A readable file name for a compiled variant; the cache adds a hash."""
-    return f"sm80_gemm-{spec.format}-g{spec.layout.granule}-{dtype}"
-
-
 def fitted(config: Config, layout: Layout, gpu: Gpu) -> Config | None:
     """``config`` with as many resident blocks and stages as shared memory holds; None if two stages do not fit."""
     for blocks in range(config.blocks_per_sm, 0, -1):
-        budget = min(gpu.shared_per_block, gpu.shared_per_sm // blocks - _RESERVED_SHARED)
         for stages in range(config.stages, 1, -1):
             smaller = dataclasses.replace(config, blocks_per_sm=blocks, stages=stages)
-            if smaller.shared_bytes(layout) <= budget:
+            if smaller.shared_bytes(layout) <= shared_budget(gpu, blocks):
                 return smaller
     return None
 
@@ -204,7 +187,7 @@ class Grid:
 
 
 @dataclass(frozen=True)
-class Tiling(Configuration):
+class Tiling(CudaConfiguration):
     """A tile, and the blocks that share the tiles."""
 
     config: Config
@@ -213,7 +196,7 @@ class Tiling(Configuration):
     @property
     def key(self) -> str:
         """The numbers of the tile, then the blocks."""
-        return f"{'-'.join(map(str, dataclasses.astuple(self.config)))}/{self.grid.blocks}"
+        return f"{self.config.key}/{self.grid.blocks}"
 
     def __str__(self) -> str:
         exchange = "partial tiles are added in block order" if self.grid.is_cut else "no tile is cut"
@@ -259,81 +242,49 @@ def grids(rated: RatedConfig, m: int, layout: Layout, gpu: Gpu) -> list[tuple[fl
     return sorted(found, key=lambda option: option[0])
 
 
-@dataclass(frozen=True)
-class Sm80Plan(Plan):
-    """Everything about a launch that does not depend on pointers."""
+class Sm80Plan(CudaPlan[Tiling]):
+    """Plain launches only."""
 
-    function: launch.Function
-    config: Config
-    grid: Grid
-    m: int
-
-    @staticmethod
-    def make(tiling: Tiling, problem: Problem) -> Sm80Plan:
-        """Compile and load a configuration for ``problem``."""
-        assert problem.gpu is not None
-        spec, config = problem.spec, tiling.config
-        function = launch.load(
-            kernel_name(spec, problem.dtype),
-            kernel_source(spec, problem.dtype, config),
-            problem.gpu.arch,
-            problem.gpu.index,
-            "gemm",
-            config.shared_bytes(spec.layout),
-        )
-        return Sm80Plan(function, config, tiling.grid, problem.M)
-
-    def __str__(self) -> str:
-        return str(Tiling(self.config, self.grid))
-
-    def multiply(
-        self, framework: Framework, x: Any, w: QuantizedTensor, bias: Any | None, out: Any | None, dependent: bool
-    ) -> Any:
-        """Enqueue on the current stream of ``framework``."""
-        assert isinstance(framework, StreamFramework)
-        K, N = w.shape
-        y = output(framework, x, w, out)
-        if self.m == 0:
-            return y
-        x_rows, y_rows = Rows.of(framework, x, self.m), Rows.of(framework, y, self.m)
+    def enqueue(
+        self, framework: StreamFramework, x: Rows, w: QuantizedTensor, bias: int, y: Rows, dependent: bool
+    ) -> None:
+        """Launch."""
+        config, grid = self.configuration.config, self.configuration.grid
         stream = framework.stream(w.device)
-        partials, counters = 0, 0
-        if self.grid.is_cut:
-            floats = 2 * self.grid.blocks * self.config.rows * self.config.tokens
-            scratch = framework.empty((floats,), "float32", w.device)
-            partials = framework.pointer(scratch)
-            counters = launch.counters(w.device.index).address(stream, self.grid.tiles)
+        floats = 2 * grid.blocks * config.rows * config.tokens
+        exchange = Exchange.of(framework, w.device, stream, floats, grid.tiles if grid.is_cut else 0)
+        K, N = w.shape
         slabs_n, slabs_k, _ = w.layout.packed_shape
         _ARGS.pack_into(
             _ARGUMENTS.data,
             0,
             w.pointer,
             w.factors_pointer,
-            x_rows.pointer,
-            0 if bias is None else framework.pointer(bias),
-            y_rows.pointer,
-            partials,
-            counters,
-            x_rows.stride,
-            y_rows.stride,
-            self.m,
+            x.pointer,
+            bias,
+            y.pointer,
+            exchange.partials,
+            exchange.counters,
+            x.stride,
+            y.stride,
+            x.number,
             N,
             K,
             slabs_n,
             slabs_k,
-            self.grid.tiles_m,
-            self.grid.tiles,
-            x_rows.start_at(16),
-            y_rows.start_at(8),
+            grid.tiles_m,
+            grid.tiles,
+            x.start_at(16),
+            y.start_at(8),
         )
-        self.function.launch(self.grid.blocks, self.config.threads, stream, _ARGUMENTS)
-        return y
+        self.function.launch(grid.blocks, config.threads, stream, _ARGUMENTS)
 
 
-class Sm80Gemm(Kernel):
+class Sm80Gemm(CudaKernel):
     """Every shape, format, group size and 16-bit dtype, on sm_80 and later."""
 
     name = "sm80_gemm"
+    plan_type = Sm80Plan
 
     def refuses(self, problem: Problem) -> str | None:
         """Host memory, older or smaller GPUs, other activation dtypes."""
@@ -359,22 +310,11 @@ class Sm80Gemm(Kernel):
             for predicted_us, grid in grids(rated, m, layout, gpu)[:_GRIDS_OFFERED]
         ]
 
-    def source(self, problem: Problem, candidate: Candidate) -> tuple[str, str]:
-        """(name, source) for its tile."""
-        assert isinstance(candidate.configuration, Tiling)
-        spec, dtype = problem.spec, problem.dtype
-        return kernel_name(spec, dtype), kernel_source(spec, dtype, candidate.configuration.config)
-
-    def plan(self, problem: Problem, candidate: Candidate) -> Plan:
-        """Compile and load its tile."""
-        assert isinstance(candidate.configuration, Tiling)
-        return Sm80Plan.make(candidate.configuration, problem)
-
     def variants(self, spec: Spec, dtype: str, gpu: Gpu) -> Iterator[tuple[str, str]]:
         """(name, source) of every kernel that ``spec`` can need on ``gpu``."""
         for m in CONFIGS:
             for rated in configs(m, spec, dtype, gpu):
-                yield kernel_name(spec, dtype), kernel_source(spec, dtype, rated.config)
+                yield self.source_of(spec, dtype, rated.config)
 
 
 KERNEL = Sm80Gemm()

@@ -2,20 +2,21 @@
 
 from __future__ import annotations
 
-import dataclasses
+import functools
 import math
 import struct
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import ClassVar
 
 from marlin_cupy.device import Gpu
 from marlin_cupy.formats.scalars import HALF_DTYPES
-from marlin_cupy.frameworks import Framework, StreamFramework
-from marlin_cupy.jit import launch, source
+from marlin_cupy.frameworks import StreamFramework
+from marlin_cupy.jit import launch
 from marlin_cupy.kernels.costs import decode_factor, read_us
-from marlin_cupy.kernels.operands import Rows, output
-from marlin_cupy.kernels.problem import Candidate, Configuration, Kernel, Plan, Problem
+from marlin_cupy.kernels.cuda import Block, CudaConfiguration, CudaKernel, CudaPlan, shared_budget
+from marlin_cupy.kernels.operands import Rows
+from marlin_cupy.kernels.problem import Candidate, Problem
 from marlin_cupy.layout import SLAB_K, SLAB_N, Layout
 from marlin_cupy.tensor import QuantizedTensor, Spec
 
@@ -26,12 +27,11 @@ _ARCH = "sm_90a"
 _MAX_M = 16
 _FEW = 8  # rows of one token tile
 _WARP = 32
-_RESERVED_SHARED = 1024  # the driver's share of each block
 
 
 @dataclass(frozen=True)
-class Config:
-    """The shape of a block; printed as the C++ struct that the kernel takes.
+class Config(Block):
+    """The shape of a block.
 
     ``warps_k`` warps each keep ``slots`` slabs, with the x that belongs to them, under way; ``cluster`` blocks share
     the K of a tile of 64 outputs and ``token_tiles`` x 8 tokens; ``blocks_per_sm`` of them are resident.
@@ -60,10 +60,9 @@ class Config:
         shares = 2 * self.tokens * SLAB_N * 4 if self.cluster > 1 else 0
         return layout.format.table_bytes + self.warps_k * self.slots * slot + exchange + shares
 
-    def cpp(self) -> str:
-        """The C++ struct."""
-        fields = ", ".join(f"{name} = {value}" for name, value in dataclasses.asdict(self).items())
-        return f"struct Config {{ static constexpr int {fields}; }};"
+    def most_shared_bytes(self, gpu: Gpu) -> int:
+        """What ``blocks_per_sm`` blocks take that leave none on an SM."""
+        return shared_budget(gpu, self.blocks_per_sm) // 128 * 128
 
     def __str__(self) -> str:
         return f"{self.warps_k} warps with {self.slots} slabs under way each, clusters of {self.cluster} along K"
@@ -74,10 +73,10 @@ class Costs:
     """Microseconds on an H200, int4 with group_size=128 and float16; see :func:`predicted_us`.
 
     Attributes:
-        launch: of a launch, up to the first slab and from the last one.
-        warp: by which each warp on the SM lengthens that.
+        launch: of a launch, up to the first slab and from the last one, without what follows.
+        warp: by which each warp on an SM lengthens the launch.
         slab: that a warp needs for a slab, were it alone on its SM.
-        crowd: by which each warp on the SM lengthens that.
+        crowd: by which each warp on an SM lengthens every slab.
         tile: for the sum over the warps at the end of a tile.
         exchange: for the sum over a cluster there.
     """
@@ -127,14 +126,15 @@ def configs(m: int, layout: Layout, gpu: Gpu) -> list[Config]:
     found = []
     for (largest_m, cluster, blocks), shapes in _SHAPES.items():
         if largest_m == _largest_m(m):
-            budget = min(gpu.shared_per_block, gpu.shared_per_sm // blocks - _RESERVED_SHARED)
             all_shapes = [Config(largest_m // 8, warps_k, slots, cluster, blocks) for warps_k, slots in shapes]
-            found += [each for each in all_shapes if each.shared_bytes(layout) <= budget][:_SHAPES_OFFERED]
+            found += [each for each in all_shapes if each.shared_bytes(layout) <= shared_budget(gpu, blocks)][
+                :_SHAPES_OFFERED
+            ]
     return found
 
 
 @dataclass(frozen=True)
-class Streams(Configuration):
+class Streams(CudaConfiguration):
     """A block, and how many clusters of them share the tiles, all resident at once."""
 
     dependent: ClassVar[bool] = True
@@ -145,7 +145,7 @@ class Streams(Configuration):
     @property
     def key(self) -> str:
         """The numbers of the block, then the clusters."""
-        return f"{'-'.join(map(str, dataclasses.astuple(self.config)))}/{self.clusters}"
+        return f"{self.config.key}/{self.clusters}"
 
     def __str__(self) -> str:
         exchange = "partial tiles are added in rank order" if self.config.cluster > 1 else "no tile is cut"
@@ -172,101 +172,61 @@ def predicted_us(config: Config, layout: Layout, gpu: Gpu) -> float:
     return launch_us + max(rounds(config, layout, gpu) * tile, read_us(slabs_n * slabs_k * slab_bytes, gpu))
 
 
-def all_shared_bytes(config: Config, gpu: Gpu) -> int:
-    """Dynamic shared memory with which ``blocks_per_sm`` blocks leave none on an SM."""
-    return min(gpu.shared_per_block, gpu.shared_per_sm // config.blocks_per_sm - _RESERVED_SHARED) // 128 * 128
-
-
 def dependent_shared_bytes(config: Config, layout: Layout, gpu: Gpu) -> int:
     """Dynamic shared memory of a block in a dependent launch; see _BESIDE_BYTES."""
     alone = math.prod(layout.packed_shape) > _BESIDE_BYTES
-    return all_shared_bytes(config, gpu) if alone else config.shared_bytes(layout)
+    return config.most_shared_bytes(gpu) if alone else config.shared_bytes(layout)
 
 
-@dataclass(frozen=True)
-class StreamPlan(Plan):
-    """Everything about a launch that does not depend on pointers."""
+class StreamPlan(CudaPlan[Streams]):
+    """Plain and dependent launches."""
 
-    function: launch.Function
-    config: Config
-    clusters: int
-    m: int
-    dependent_shared_bytes: int
+    @functools.cached_property
+    def dependent_shared_bytes(self) -> int:
+        """Dynamic shared memory of a block in a dependent launch."""
+        assert self.problem.gpu is not None
+        return dependent_shared_bytes(self.configuration.config, self.problem.spec.layout, self.problem.gpu)
 
-    @staticmethod
-    def make(streams: Streams, problem: Problem) -> StreamPlan:
-        """Compile and load a configuration for ``problem``."""
-        assert problem.gpu is not None
-        function = launch.load(
-            kernel_name(problem.spec, problem.dtype),
-            kernel_source(problem.spec, problem.dtype, streams.config),
-            problem.gpu.arch,
-            problem.gpu.index,
-            "gemm",
-            streams.config.shared_bytes(problem.spec.layout),
-            all_shared_bytes(streams.config, problem.gpu),
-        )
-        shared_bytes = dependent_shared_bytes(streams.config, problem.spec.layout, problem.gpu)
-        return StreamPlan(function, streams.config, streams.clusters, problem.M, shared_bytes)
-
-    def __str__(self) -> str:
-        return str(Streams(self.config, self.clusters))
-
-    def multiply(
-        self, framework: Framework, x: Any, w: QuantizedTensor, bias: Any | None, out: Any | None, dependent: bool
-    ) -> Any:
-        """Enqueue on the current stream of ``framework``."""
-        assert isinstance(framework, StreamFramework)
+    def enqueue(
+        self, framework: StreamFramework, x: Rows, w: QuantizedTensor, bias: int, y: Rows, dependent: bool
+    ) -> None:
+        """Launch."""
+        config, clusters = self.configuration.config, self.configuration.clusters
         K, N = w.shape
-        y = output(framework, x, w, out)
-        if self.m == 0:
-            return y
-        x_rows, y_rows = Rows.of(framework, x, self.m), Rows.of(framework, y, self.m)
         slabs_n, slabs_k, _ = w.layout.packed_shape
         _ARGS.pack_into(
             _ARGUMENTS.data,
             0,
             w.pointer,
-            x_rows.pointer,
-            0 if bias is None else framework.pointer(bias),
-            y_rows.pointer,
-            x_rows.stride,
-            y_rows.stride,
-            self.m,
+            x.pointer,
+            bias,
+            y.pointer,
+            x.stride,
+            y.stride,
+            x.number,
             N,
             K,
             slabs_n,
             slabs_k,
-            -(-slabs_n // self.clusters),
-            x_rows.start_at(16),
-            y_rows.start_at(8),
+            -(-slabs_n // clusters),
+            x.start_at(16),
+            y.start_at(8),
             dependent,
         )
-        blocks = self.clusters * self.config.cluster
-        stream = framework.stream(w.device)
+        blocks, stream = clusters * config.cluster, framework.stream(w.device)
         if dependent:
             self.function.launch_dependent(
-                w.writes, blocks, self.config.threads, stream, _ARGUMENTS, self.dependent_shared_bytes
+                w.writes, blocks, config.threads, stream, _ARGUMENTS, self.dependent_shared_bytes
             )
         else:
-            self.function.launch(blocks, self.config.threads, stream, _ARGUMENTS)
-        return y
+            self.function.launch(blocks, config.threads, stream, _ARGUMENTS)
 
 
-def kernel_source(spec: Spec, dtype: str, config: Config) -> str:
-    """The complete CUDA source for a format, its granule, an activation dtype and a configuration."""
-    return source.specialized("sm90_stream", spec, dtype, config.cpp(), config.shared_bytes(spec.layout))
-
-
-def kernel_name(spec: Spec, dtype: str) -> str:
-    """A readable file name for a compiled variant; the cache adds a hash."""
-    return f"sm90_stream-{spec.format}-g{spec.layout.granule}-{dtype}"
-
-
-class Sm90Stream(Kernel):
+class Sm90Stream(CudaKernel):
     """Up to 16 rows on Hopper, every format and group size."""
 
     name = "sm90_stream"
+    plan_type = StreamPlan
 
     def refuses(self, problem: Problem) -> str | None:
         """Other GPUs, more rows."""
@@ -294,22 +254,11 @@ class Sm90Stream(Kernel):
             found.append(Candidate(self.name, Streams(config, clusters), predicted_us(config, layout, gpu)))
         return found
 
-    def source(self, problem: Problem, candidate: Candidate) -> tuple[str, str]:
-        """(name, source) for its block."""
-        assert isinstance(candidate.configuration, Streams)
-        spec, dtype = problem.spec, problem.dtype
-        return kernel_name(spec, dtype), kernel_source(spec, dtype, candidate.configuration.config)
-
-    def plan(self, problem: Problem, candidate: Candidate) -> Plan:
-        """Compile and load its block."""
-        assert isinstance(candidate.configuration, Streams)
-        return StreamPlan.make(candidate.configuration, problem)
-
     def variants(self, spec: Spec, dtype: str, gpu: Gpu) -> Iterator[tuple[str, str]]:
         """(name, source) of every kernel that ``spec`` can need on ``gpu``."""
         for m in (_FEW, _MAX_M) if gpu.arch == _ARCH else ():
             for config in configs(m, spec.layout, gpu):
-                yield kernel_name(spec, dtype), kernel_source(spec, dtype, config)
+                yield self.source_of(spec, dtype, config)
 
 
 KERNEL = Sm90Stream()

@@ -11,16 +11,17 @@ import functools
 import struct
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import ClassVar
 
 from marlin_cupy.device import Gpu
 from marlin_cupy.formats.scalars import HALF_DTYPES
-from marlin_cupy.frameworks import Framework, StreamFramework
-from marlin_cupy.jit import launch, source, tensor_map
+from marlin_cupy.frameworks import StreamFramework
+from marlin_cupy.jit import launch, tensor_map
 from marlin_cupy.kernels import sm80_gemm
 from marlin_cupy.kernels.costs import can_scale, decode_factor, read_us
-from marlin_cupy.kernels.operands import Rows, output
-from marlin_cupy.kernels.problem import Candidate, Configuration, Kernel, Plan, Problem
+from marlin_cupy.kernels.cuda import Block, CudaConfiguration, CudaKernel, CudaPlan, shared_budget
+from marlin_cupy.kernels.operands import Exchange, Rows
+from marlin_cupy.kernels.problem import Candidate, Problem
 from marlin_cupy.layout import SLAB_K, SLAB_N, Layout
 from marlin_cupy.tensor import QuantizedTensor, Spec
 
@@ -29,7 +30,6 @@ _ARGS = struct.Struct("=128s6Qq12i24x")
 _ARGUMENTS = launch.ArgumentBlock(_ARGS.size)
 _ARCH = "sm_90a"
 _WARPGROUP = 128
-_RESERVED_SHARED = 1024  # the driver's share of each block
 _REGISTERS = 65536  # of an SM
 _PRODUCER_REGISTERS = 40  # per thread of the copying warpgroup
 _BOX_K = 64  # K of a row of x in shared memory: 128 bytes, its swizzle's width
@@ -37,8 +37,8 @@ _COPY_BYTES = 16  # what addresses of the copy engine are multiples of
 
 
 @dataclass(frozen=True)
-class Config:
-    """The tile of a block; printed as the C++ struct that the kernel takes.
+class Config(Block):
+    """The tile of a block.
 
     ``wgs_n`` warpgroups of ``row_blocks`` x 64 outputs each, ``wgs_k`` times over to split K, by ``tokens`` rows of x;
     ``stages`` slabs of K under way; ``cluster`` blocks share the K of a tile. A warpgroup decodes ``atoms`` x 16 of K
@@ -89,12 +89,11 @@ class Config:
         turn = self.consumers * 4 * 512
         return layout.format.table_bytes + self.stages * (stage + 16) + shares + turn + 16
 
-    def cpp(self) -> str:
-        """The C++ struct."""
-        values = dataclasses.asdict(self)
-        values |= {"producer_registers": _PRODUCER_REGISTERS, "consumer_registers": self.consumer_registers}
-        fields = ", ".join(f"{name} = {value}" for name, value in values.items())
-        return f"struct Config {{ static constexpr int {fields}; }};"
+    @property
+    def constants(self) -> dict[str, int]:
+        """The numbers and the registers that warpgroups trade."""
+        registers = {"producer_registers": _PRODUCER_REGISTERS, "consumer_registers": self.consumer_registers}
+        return self.numbers | registers
 
     def __str__(self) -> str:
         split = [f"{self.wgs_k} groups of warps" if self.wgs_k > 1 else "", "2 blocks" if self.cluster > 1 else ""]
@@ -189,10 +188,9 @@ _INVARIANT_MS = (8, 64, 1024)
 
 def fitted(config: Config, layout: Layout, gpu: Gpu) -> Config | None:
     """``config`` with as many stages as shared memory holds; None if a K group would have less than two."""
-    budget = min(gpu.shared_per_block, gpu.shared_per_sm - _RESERVED_SHARED)
     for stages in range(config.stages // config.wgs_k * config.wgs_k, 2 * config.wgs_k - 1, -config.wgs_k):
         smaller = dataclasses.replace(config, stages=stages)
-        if smaller.shared_bytes(layout) <= budget:
+        if smaller.shared_bytes(layout) <= shared_budget(gpu):
             return smaller
     return None
 
@@ -219,7 +217,7 @@ class Grid:
 
 
 @dataclass(frozen=True)
-class Tiling(Configuration):
+class Tiling(CudaConfiguration):
     """A tile, and the blocks that share the tiles."""
 
     dependent: ClassVar[bool] = True
@@ -230,12 +228,12 @@ class Tiling(Configuration):
     @property
     def key(self) -> str:
         """The numbers of the tile, then the blocks and the tiles that each computes alone."""
-        return f"{'-'.join(map(str, dataclasses.astuple(self.config)))}/{self.grid.blocks}x{self.grid.whole}"
+        return f"{self.config.key}/{self.grid.blocks}x{self.grid.whole}"
 
     def __str__(self) -> str:
         blocks = f"{self.grid.blocks * self.config.cluster} blocks over {self.grid.tiles} tiles"
         if self.grid.shared_tiles:
-            blocks += f", partial tiles of the last {self.grid.shared_tiles} are added in block order"
+            blocks += f", partial tiles of {self.grid.shared_tiles} are added in block order"
         elif self.config.cluster > 1:
             blocks += ", partial tiles are added in rank order"
         else:
@@ -341,112 +339,63 @@ def invariant_split(layout: Layout, gpu: Gpu) -> tuple[int, int]:
     return min(dict.fromkeys((each.config.wgs_k, each.config.cluster) for each in configs(layout, gpu)), key=cost)
 
 
-@dataclass(frozen=True)
-class WgmmaPlan(Plan):
-    """Everything about a launch that does not depend on pointers."""
-
-    function: launch.Function
-    config: Config
-    grid: Grid
-    problem: Problem
-
-    @staticmethod
-    def make(tiling: Tiling, problem: Problem) -> WgmmaPlan:
-        """Compile and load a configuration for ``problem``."""
-        assert problem.gpu is not None
-        function = launch.load(
-            kernel_name(problem.spec, problem.dtype),
-            kernel_source(problem.spec, problem.dtype, tiling.config),
-            problem.gpu.arch,
-            problem.gpu.index,
-            "gemm",
-            tiling.config.shared_bytes(problem.spec.layout),
-        )
-        return WgmmaPlan(function, tiling.config, tiling.grid, problem)
-
-    @property
-    def m(self) -> int:
-        """Rows of x."""
-        return self.problem.M
+class WgmmaPlan(CudaPlan[Tiling]):
+    """Plain and dependent launches; sm80_gemm where the copy engine cannot read x."""
 
     @functools.cached_property
-    def portable(self) -> Plan:
-        """What sm80_gemm would do, for x that the copy engine cannot read; made when the first such x comes."""
+    def portable(self) -> CudaPlan[sm80_gemm.Tiling]:
+        """What sm80_gemm would do; made when the first x comes that needs it."""
         found = sm80_gemm.KERNEL.candidates(self.problem)
-        return sm80_gemm.KERNEL.plan(self.problem, min(found, key=lambda candidate: candidate.predicted_us))
+        best = min(found, key=lambda candidate: candidate.predicted_us)
+        return sm80_gemm.KERNEL.plan(self.problem, best.configuration)
 
-    def __str__(self) -> str:
-        return str(Tiling(self.config, self.grid))
-
-    def multiply(
-        self, framework: Framework, x: Any, w: QuantizedTensor, bias: Any | None, out: Any | None, dependent: bool
-    ) -> Any:
-        """Enqueue on the current stream of ``framework``.
-
-        ValueError for x that the copy engine cannot read, where batch_invariant rules the other kernel out.
-        """
-        assert isinstance(framework, StreamFramework)
+    def enqueue(
+        self, framework: StreamFramework, x: Rows, w: QuantizedTensor, bias: int, y: Rows, dependent: bool
+    ) -> None:
+        """Launch. ValueError for x that the copy engine cannot read, where batch_invariant rules sm80_gemm out."""
+        config, grid = self.configuration.config, self.configuration.grid
         K, N = w.shape
-        y = output(framework, x, w, out)
-        if self.m == 0:
-            return y
-        x_rows, y_rows = Rows.of(framework, x, self.m), Rows.of(framework, y, self.m)
-        if not x_rows.start_at(_COPY_BYTES) or (self.m > 1 and x_rows.stride < K):
+        if not x.start_at(_COPY_BYTES) or (x.number > 1 and x.stride < K):
             if self.problem.batch_invariant:
                 raise ValueError(
-                    f"x is at address {x_rows.pointer:#x} with a stride of {x_rows.stride} elements between rows; "
+                    f"x is at address {x.pointer:#x} with a stride of {x.stride} elements between rows; "
                     f"batch_invariant needs rows that start at multiples of {_COPY_BYTES} bytes and do not overlap, "
                     "pass a contiguous copy."
                 )
-            return self.portable.multiply(framework, x, w, bias, y, dependent)
+            self.portable.enqueue(framework, x, w, bias, y, dependent)
+            return
         stream = framework.stream(w.device)
-        partials, counters = 0, 0
-        if self.grid.shared_tiles:
-            floats = 2 * self.grid.blocks * self.config.rows * self.config.tokens
-            scratch = framework.empty((floats,), "float32", w.device)
-            partials = framework.pointer(scratch)
-            counters = launch.counters(w.device.index).address(stream, self.grid.shared_tiles)
+        floats = 2 * grid.blocks * config.rows * config.tokens
+        exchange = Exchange.of(framework, w.device, stream, floats, grid.shared_tiles)
         slabs_n, slabs_k, _ = w.layout.packed_shape
-        box = self.config.tokens, _BOX_K
         _ARGS.pack_into(
             _ARGUMENTS.data,
             0,
-            tensor_map.of_matrix(x_rows.pointer, self.problem.dtype, (self.m, K), x_rows.stride, box),
+            tensor_map.of_matrix(x.pointer, self.problem.dtype, (x.number, K), x.stride, (config.tokens, _BOX_K)),
             w.pointer,
             w.factors_pointer,
-            0 if bias is None else framework.pointer(bias),
-            y_rows.pointer,
-            partials,
-            counters,
-            y_rows.stride,
-            self.m,
+            bias,
+            y.pointer,
+            exchange.partials,
+            exchange.counters,
+            y.stride,
+            x.number,
             N,
             slabs_n,
-            self.grid.tiles_m,
-            self.grid.tiles // self.grid.tiles_m,
-            y_rows.start_at(16),
-            self.grid.tiles,
+            grid.tiles_m,
+            grid.tiles // grid.tiles_m,
+            y.start_at(16),
+            grid.tiles,
             slabs_k,
-            self.grid.blocks,
-            self.grid.whole,
-            *divmod(self.grid.shared_tiles * slabs_k, self.grid.blocks),
+            grid.blocks,
+            grid.whole,
+            *divmod(grid.shared_tiles * slabs_k, grid.blocks),
         )
-        blocks = self.grid.blocks * self.config.cluster
+        blocks = grid.blocks * config.cluster
         if dependent:
-            self.function.launch_dependent(w.writes, blocks, self.config.threads, stream, _ARGUMENTS)
+            self.function.launch_dependent(w.writes, blocks, config.threads, stream, _ARGUMENTS)
         else:
-            self.function.launch(blocks, self.config.threads, stream, _ARGUMENTS)
-        return y
-
-
-def kernel_source(spec: Spec, dtype: str, config: Config) -> str:
-    """The complete CUDA source for a format, its granule, an activation dtype and a configuration."""
-    return source.specialized("sm90_wgmma", spec, dtype, config.cpp(), config.shared_bytes(spec.layout))
-
-
-def kernel_name(spec: Spec, dtype: str) -> str:
-    """A readable file name for a compiled variant; the cache adds a hash."""
-    return f"sm90_wgmma-{spec.format}-g{spec.layout.granule}-{dtype}"
+            self.function.launch(blocks, config.threads, stream, _ARGUMENTS)
 
 
 def _refuses_any_shape(spec: Spec, dtype: str, gpu: Gpu) -> str | None:
@@ -464,10 +413,11 @@ def _refuses_any_shape(spec: Spec, dtype: str, gpu: Gpu) -> str | None:
     return None
 
 
-class Sm90Wgmma(Kernel):
+class Sm90Wgmma(CudaKernel):
     """Any number of rows on Hopper, every format and group size; the only one on a GPU that can be batch invariant."""
 
     name = "sm90_wgmma"
+    plan_type = WgmmaPlan
 
     def refuses(self, problem: Problem) -> str | None:
         """Other GPUs, bfloat16 x with float16 scales, rows of x that the copy engine cannot step through."""
@@ -488,22 +438,11 @@ class Sm90Wgmma(Kernel):
             found = options(m, layout, gpu)
         return [Candidate(self.name, tiling, us) for us, tiling in found[:_OFFERED]]
 
-    def source(self, problem: Problem, candidate: Candidate) -> tuple[str, str]:
-        """(name, source) for its tile."""
-        assert isinstance(candidate.configuration, Tiling)
-        spec, dtype = problem.spec, problem.dtype
-        return kernel_name(spec, dtype), kernel_source(spec, dtype, candidate.configuration.config)
-
-    def plan(self, problem: Problem, candidate: Candidate) -> Plan:
-        """Compile and load its tile."""
-        assert isinstance(candidate.configuration, Tiling)
-        return WgmmaPlan.make(candidate.configuration, problem)
-
     def variants(self, spec: Spec, dtype: str, gpu: Gpu) -> Iterator[tuple[str, str]]:
         """(name, source) of every kernel that ``spec`` can need on ``gpu``."""
         if _refuses_any_shape(spec, dtype, gpu) is None:
             for rated in configs(spec.layout, gpu):
-                yield kernel_name(spec, dtype), kernel_source(spec, dtype, rated.config)
+                yield self.source_of(spec, dtype, rated.config)
 
 
 KERNEL = Sm90Wgmma()
