@@ -21,7 +21,7 @@ import marlin_cupy as mc
 from marlin_cupy import formats, kernels
 from marlin_cupy.bench import shapes
 from marlin_cupy.bench.contenders import fill_normal
-from marlin_cupy.device import CPU, Device, Gpu, arch_of, gpu, gpu_count, gpu_of_arch, import_cupy, installed
+from marlin_cupy.device import CPU, Device, Gpu, arch_of, gpu, gpu_count, gpu_of_arch, import_cupy, installed, no_gpu
 from marlin_cupy.errors import CompileError, MissingDependencyError
 from marlin_cupy.formats.scalars import FLOAT16, FLOAT32, HALF_DTYPES, ROUNDOFF
 from marlin_cupy.jit import cache
@@ -93,7 +93,7 @@ def info() -> None:
             table.add_row(f"cuda:{found.index}", found.name, found.arch, str(found.sm_count), shared, l2)
         console.print(table)
     else:
-        console.print("GPU: none that CuPy can use; weights stay in host memory.")
+        _print_line(f"GPU: none. {no_gpu('A weight on a GPU')}")
 
     table = Table("weight on", "kernel", "serves it", title=f"int4 {_K} x {_N}, float16 activations, M = {_M}")
     spec = Spec("int4", (_K, _N), formats.get("int4").default_group_size, FLOAT16)
@@ -334,7 +334,7 @@ def tune(
     if dtype not in HALF_DTYPES:
         raise ValueError(f"dtype is {dtype!r}; use {' or '.join(HALF_DTYPES)}.")
     if gpu_count() == 0:
-        _print_line("Tuning needs a CUDA GPU that CuPy can use, and this machine has none.")
+        _print_line(no_gpu("Tuning"))
         raise typer.Exit(1)
     wrong = False
     for layer in layers:

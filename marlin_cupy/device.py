@@ -114,11 +114,21 @@ def namespace(array: Any) -> ModuleType:
 
 def gpu_count() -> int:
     """Number of usable CUDA GPUs; 0 without CuPy, without a driver or without a device."""
+    return _count_gpus()[0]
+
+
+def no_gpu(purpose: str) -> str:
+    """A sentence that says that ``purpose`` needs a GPU, and what keeps :func:`gpu_count` at 0."""
+    return f"{purpose} needs a CUDA GPU that CuPy can use, and there is none: {_count_gpus()[1]}."
+
+
+def _count_gpus() -> tuple[int, str]:
+    """(number, why it is not larger)."""
     try:
-        cupy = import_cupy("looking for a GPU")
-        return int(cupy.cuda.runtime.getDeviceCount())
-    except Exception:  # a missing or broken driver raises types that CuPy does not export
-        return 0
+        count = int(import_cupy("using a GPU").cuda.runtime.getDeviceCount())
+    except Exception as error:  # a missing or broken driver raises types that CuPy does not export
+        return 0, str(error).rstrip(".")
+    return count, f"CUDA finds {count}"
 
 
 def arch_of(major: int, minor: int) -> str:
@@ -139,11 +149,13 @@ def gpu_of_arch(arch: str) -> Gpu:
 
 @functools.cache
 def gpu(index: int = 0) -> Gpu:
-    """Properties of GPU ``index``; DeviceError when there is none."""
+    """Properties of GPU ``index``; DeviceError when there is none, MissingDependencyError without CuPy."""
+    cupy = import_cupy(f"cuda:{index}")
     count = gpu_count()
     if index >= count:
-        raise DeviceError(f"cuda:{index} was asked for and this machine has {count} usable CUDA GPU(s).")
-    cupy = import_cupy("reading GPU properties")
+        if count == 0:
+            raise DeviceError(no_gpu(f"cuda:{index}"))
+        raise DeviceError(f"cuda:{index} was asked for; this machine has cuda:0 to cuda:{count - 1}.")
     properties: dict[str, Any] = cupy.cuda.runtime.getDeviceProperties(index)
     arch = arch_of(properties["major"], properties["minor"])
     return Gpu(

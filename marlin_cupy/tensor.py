@@ -311,6 +311,7 @@ def quantize(
     Raises:
         TypeError: ``weight`` is no array. ValueError: wrong rank, dtype, group size, format or search,
             non-finite weights, scales too large or too small for ``scale_dtype``. DeviceError: no such device.
+            MissingDependencyError: a GPU was asked for and CuPy is not installed.
     """
     group_size = _checked_group_size(group_size, formats.get(format).default_group_size)
     native, dtype, largest = _checked_weight(weight, search)
@@ -398,7 +399,8 @@ def load(path: str | os.PathLike[str], device: str | Device = "cpu") -> Quantize
 
     Raises:
         FileNotFoundError: no such file. FileFormatError: not such a file, truncated, edited, of an unknown format
-            or of a future version. DeviceError: no such device.
+            or of a future version. DeviceError: no such device. MissingDependencyError: a GPU was asked for and CuPy
+            is not installed.
     """
     path = Path(path)
     if not path.is_file():

@@ -153,7 +153,8 @@ def test_compile_takes_several_architectures(tmp_path: Path) -> None:
 def test_tune_without_a_gpu_is_one_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cli, "gpu_count", lambda: 0)
     output = run("tune", "--shape", "qkv=4096x6144", "--m", "1", code=1)
-    assert output == "Tuning needs a CUDA GPU that CuPy can use, and this machine has none.\n"
+    assert output.startswith("Tuning needs a CUDA GPU that CuPy can use, and there is none: ")
+    assert output.count("\n") == 1
 
 
 def test_tune_shows_every_candidate(capsys: pytest.CaptureFixture[str]) -> None:
@@ -198,7 +199,7 @@ REFUSALS = {
     "demo --format int3": "unknown format 'int3'; known formats are int4",
     "demo --group-size 20": "group_size is 20",
     "demo --device tpu": "device is 'tpu'",
-    "demo --device cuda:99": "cuda:99 was asked for",
+    "demo --device cuda:99": "cuda:99 ",
     "compile --arch 90 --output {tmp}/new": "arch is '90'; on such GPUs marlin_cupy looks for 'sm_90a'",
     "compile --arch sm_80 --arch sm_99 --output {tmp}/new": "arch is 'sm_99'; known architectures are",
     "compile --arch sm_75 --output {tmp}/new": "arch is 'sm_75'; known architectures are",

@@ -302,7 +302,7 @@ def test_a_machine_without_a_gpu_says_so(
     monkeypatch.setattr(tensor, "gpu_count", lambda: 0)
     device.gpu.cache_clear()
     W.save(tmp_path / "w")
-    with pytest.raises(mc.DeviceError, match=r"cuda:0 .* 0 usable CUDA GPU") as caught:
+    with pytest.raises(mc.DeviceError, match=r"cuda:0 needs a CUDA GPU .* and there is none: ") as caught:
         call(tmp_path / "w")
     assert_one_sentence(str(caught.value))
     device.gpu.cache_clear()
@@ -318,6 +318,12 @@ def test_a_missing_library_is_named_with_the_way_to_get_it(monkeypatch: pytest.M
         device.import_cupy("drawing")
     assert str(caught.value).startswith("drawing ")
     assert_one_sentence(str(caught.value))
+    device.gpu.cache_clear()
+    with pytest.raises(mc.MissingDependencyError, match=r"cuda:0 needs CuPy.*pip install") as caught:
+        W.to("cuda")
+    assert_one_sentence(str(caught.value))
+    assert "needs CuPy" in device.no_gpu("drawing")  # and not only that there is no GPU
+    assert_one_sentence(device.no_gpu("drawing"))
     with pytest.raises(mc.MissingDependencyError, match="torch") as caught:
         W.to("torch")
     assert_one_sentence(str(caught.value))

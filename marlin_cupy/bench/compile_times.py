@@ -32,8 +32,7 @@ from rich.table import Table
 from marlin_cupy import formats as registry
 from marlin_cupy.api import explain, matmul
 from marlin_cupy.bench import report
-from marlin_cupy.bench.run import NO_GPU
-from marlin_cupy.device import gpu_count, import_cupy
+from marlin_cupy.device import gpu_count, import_cupy, no_gpu
 from marlin_cupy.jit import cache, launch
 from marlin_cupy.jit import compile as compiling
 from marlin_cupy.tensor import quantize
@@ -149,7 +148,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     console = Console(width=report.WIDTH, highlight=False)
     if gpu_count() == 0:
-        console.print(NO_GPU)
+        print(no_gpu("The benchmark"))
         return 1
     if options.probe is not None:
         format, dtype, m = options.probe

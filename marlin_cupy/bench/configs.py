@@ -16,9 +16,8 @@ from rich.table import Table
 
 from marlin_cupy import frameworks
 from marlin_cupy.bench.contenders import Ours, Setup, fill_normal
-from marlin_cupy.bench.run import NO_GPU
 from marlin_cupy.bench.shapes import Shape
-from marlin_cupy.device import gpu, gpu_count, import_cupy
+from marlin_cupy.device import gpu, gpu_count, import_cupy, no_gpu
 from marlin_cupy.kernels import Problem, sm80_gemm
 from marlin_cupy.timing import CupyRun, EventTimer, Sampling, interleave, prepare
 
@@ -56,7 +55,7 @@ def main() -> int:
     """Print the table; 1 without a GPU."""
     argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None).parse_args()
     if gpu_count() == 0:
-        print(NO_GPU)
+        print(no_gpu("The benchmark"))
         return 1
     table = Table("M", "configuration", "slab ns", "in the table")
     for m, rated, slab_ns in measure():

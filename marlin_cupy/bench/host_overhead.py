@@ -29,8 +29,7 @@ from rich.table import Table
 from marlin_cupy import frameworks
 from marlin_cupy.api import matmul
 from marlin_cupy.bench import report
-from marlin_cupy.bench.run import NO_GPU
-from marlin_cupy.device import gpu_count, import_cupy
+from marlin_cupy.device import gpu_count, import_cupy, no_gpu
 from marlin_cupy.frameworks import StreamFramework
 from marlin_cupy.jit.launch import Function
 from marlin_cupy.tensor import QuantizedTensor, quantize
@@ -166,7 +165,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     console = Console(width=report.WIDTH, highlight=False)
     if gpu_count() == 0:
-        console.print(NO_GPU)
+        print(no_gpu("The benchmark"))
         return 1
     os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # JAX would take most of the GPU's memory
     rows, missing = measure()

@@ -27,10 +27,9 @@ from marlin_cupy.bench.contenders import (
 )
 from marlin_cupy.bench.report import DEPENDENT, PLAIN, Report, Row
 from marlin_cupy.bench.shapes import Shape
-from marlin_cupy.device import gpu, gpu_count, import_cupy
+from marlin_cupy.device import gpu, gpu_count, import_cupy, no_gpu
 from marlin_cupy.timing import QUICK_SAMPLING, EventTimer, Replay, Run, Sampling, Timer, interleave, prepare
 
-NO_GPU = "The benchmark needs a CUDA GPU that CuPy can use, and this machine has none."
 _PROTOCOL = (
     "CUDA graphs over weight copies that together exceed four times the L2 cache and 200 MB; {}; each contender is "
     "checked on the graph that was timed, with fresh inputs and NaN in its output, against float32 on the weights "
@@ -72,7 +71,7 @@ def run(
     if not set(kinds) <= {PLAIN, DEPENDENT}:
         raise ValueError(f"launch is {', '.join(kinds)}; use {PLAIN} or {DEPENDENT}.")
     if gpu_count() == 0:
-        Console().print(NO_GPU, soft_wrap=True)
+        print(no_gpu("The benchmark"))
         return 1
     chosen = [Shape(*shape) for shape in shapes] if shapes else list(layers.QUICK if quick else layers.LLAMA)
     m_values = sorted(set(ms or (layers.QUICK_M_VALUES if quick else layers.M_VALUES)))
