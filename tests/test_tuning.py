@@ -513,7 +513,7 @@ def test_warmup_compiles_each_kernel_once_and_fills_the_plans(
 ) -> None:
     loaded = []
 
-    def load(name: str, source: str, arch: str, device: int, entry: str, shared_bytes: int) -> object:
+    def load(name: str, source: str, arch: str, device: int, entry: str, *shared_bytes: int) -> object:
         loaded.append(source)
         return object()
 
