@@ -128,9 +128,9 @@ def is_shared(configuration: CudaConfiguration) -> bool:
     """Whether blocks exchange parts of tiles."""
     if isinstance(configuration, sm80_gemm.Tiling):
         return configuration.grid.is_cut
-    if isinstance(configuration, sm90_wgmma.Tiling) and configuration.grid.shared_tiles > 0:
-        return True
-    return configuration.config.cluster > 1
+    assert isinstance(configuration, sm90_stream.Streams | sm90_wgmma.Tiling)
+    stripes = isinstance(configuration, sm90_wgmma.Tiling) and configuration.grid.shared_tiles > 0
+    return stripes or configuration.config.cluster > 1
 
 
 def check_addresses() -> int:
