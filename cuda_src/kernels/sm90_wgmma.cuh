@@ -63,7 +63,7 @@ struct Tile : Config {
     static_assert(Config::stages >= 2 * Config::wgs_k, "a K group gives a stage back when it works on its next");
 };
 
-enum Barrier { ALL = 1, CONSUMERS, FIRST_K_GROUP };
+enum Barrier { ALL = 1, CONSUMERS, FIRST_K_GROUP, STORE };  // STORE + wg_n
 
 using Decoder = Codec<Activation, Scale>;
 using Packed = Layout<Decoder, GRANULE>;
@@ -74,17 +74,19 @@ struct Place {
     static constexpr int x_half = x_bytes / 2;                        // 64 K
     static constexpr int weight_bytes = Tile::slabs * Packed::slab_bytes;
     static constexpr int share_bytes = Tile::rows * Tile::tokens * 4;
-    static constexpr int turn_bytes = 16 * 16 * 2;                    // per consumer warp
+    static constexpr int turn_bytes = 16 * SLAB_N * 2;                // 16 tokens of a row block
 
     static constexpr int weights = Tile::stages * x_bytes;
     static constexpr int table = weights + Tile::stages * weight_bytes;
     static constexpr int k_shares = table + Decoder::table_bytes;     // of K groups but the first
-    static constexpr int cluster_shares = k_shares + (Tile::wgs_k - 1) * share_bytes;
-    static constexpr int turn = cluster_shares + (Tile::cluster - 1) * share_bytes;
-    static constexpr int barriers = turn + Tile::consumers / WARP * turn_bytes;
+    static constexpr int turn = k_shares + (Tile::wgs_k - 1) * share_bytes;
+    static constexpr int barriers = turn + Tile::wgs_n * 2 * turn_bytes;
     static constexpr int full = barriers, empty = full + 8 * Tile::stages, arrived = empty + 8 * Tile::stages;
     static constexpr int bytes = arrived + 16;
     static_assert(bytes == SHARED_BYTES, "the host twin reserves this much");
+
+    static constexpr int cluster_shares = 0;                          // a cluster computes one tile: its ring is free then
+    static_assert((Tile::cluster - 1) * share_bytes <= table, "what other blocks leave goes where stages were");
 };
 
 __device__ inline Segments segments_of(const Args& args) {
@@ -288,7 +290,7 @@ private:
         if (all.is_shared() && !add_blocks(all)) return;
 #pragma unroll
         for (int r = 0; r < Tile::row_blocks; ++r)
-            store(sums[r], factor[r], SLAB_N * (corner.row_block + wg_n * Tile::row_blocks + r) + 16 * warp, corner.token);
+            store(sums[r], factor[r], SLAB_N * (corner.row_block + wg_n * Tile::row_blocks + r), corner.token);
     }
 
     // Where this thread's accumulators lie in a share of the tile, and the i-th four of row block r from there:
@@ -343,12 +345,13 @@ private:
         return true;
     }
 
-    // Adds the blocks of the cluster up in the first one; false for the others. A cluster computes one tile.
+    // Adds the blocks of the cluster up in the first one; false for the others. The first one says when they may overwrite
+    // its stages.
     __device__ bool add_cluster() {
         const int rank = static_cast<int>(cluster_rank());
         const u32 shares = shared + Place::cluster_shares, arrived = shared + Place::arrived;
         if (rank > 0) {
-            cluster_wait();  // the first block has started
+            barrier_wait_cluster(arrived, 0);
             const u32 remote = cluster_address(shares + (rank - 1) * Place::share_bytes + share_offset(), 0);
             const u32 barrier = cluster_address(arrived, 0);
             each_quad([&](int r, int i) {
@@ -357,6 +360,8 @@ private:
             });
             return false;
         }
+        cluster_wait();  // the others have started
+        if (lane > 0 && lane < Tile::cluster) barrier_arrive_remote(cluster_address(arrived, lane));
         barrier_wait(arrived, 0);
         add_shares<Tile::cluster - 1>(shares);
         return true;
@@ -403,19 +408,25 @@ private:
         return true;
     }
 
-    // 16 rows of a warp, turned over 16 tokens at a time: y wants a token's outputs side by side.
+    // A row block, turned over 16 tokens at a time: y wants a token's outputs side by side, and the warps' outputs too, so
+    // that a store is whole cache lines. Two buffers take turns: at the barrier between, all have read the other one.
     __device__ void store(const float* s, const float (&factor)[2], int row, int token) const {
-        const u32 turn = shared + Place::turn + threadIdx.x / WARP * Place::turn_bytes;
+        constexpr int pitch = 2 * SLAB_N;  // 16-byte chunks of a token, swizzled against bank conflicts
+        const u32 turn = shared + Place::turn + wg_n * 2 * Place::turn_bytes;
+        const int from = lane / 16 * 8 + lane % 8, to = 4 * warp + lane / 8;  // token in the buffer
+        const u32 put = turn + from * pitch + ((2 * warp + lane / 8 % 2) ^ (from % 8)) * 16;
+        const u32 get = turn + to * pitch + ((lane % 8) ^ (to % 8)) * 16;
         float bias[2] = {0.0f, 0.0f};
         const float undo[2] = {inverse_power(factor[0] * Scaled::unit), inverse_power(factor[1] * Scaled::unit)};
         if (args.bias) {
 #pragma unroll
             for (int i = 0; i < 2; ++i) {
-                const int mine = row + lane / 4 + 8 * i;
+                const int mine = row + 16 * warp + lane / 4 + 8 * i;
                 if (mine < args.N) bias[i] = Activation::to_float(args.bias[mine]);
             }
         }
-        const int my_row = row + lane % 2 * 8;
+        const int my_row = row + lane % 8 * 8;
+        barrier_sync(STORE + wg_n, 4 * WARP);  // the row block before has been read
 #pragma unroll
         for (int t = 0; t < Tile::tokens / 16; ++t) {
             if (token + 16 * t >= args.M) break;
@@ -424,12 +435,11 @@ private:
             for (int i = 0; i < 4; ++i)
                 pairs.word[i] = Activation::pack(s[8 * t + 2 * i] * undo[i % 2] + bias[i % 2],
                                                  s[8 * t + 2 * i + 1] * undo[i % 2] + bias[i % 2]);
-            __syncwarp();
-            store_matrix_x4_turned(turn + (lane / 16 * 8 + lane % 8) * 32 + lane / 8 % 2 * 16, pairs);
-            __syncwarp();
-            const int my_token = token + 16 * t + lane / 2;
-            const Vec4 out = load_shared_vec4(turn + 16 * lane);
+            store_matrix_x4_turned(put + t % 2 * Place::turn_bytes, pairs);
+            barrier_sync(STORE + wg_n, 4 * WARP);
+            const int my_token = token + 16 * t + to;
             if (my_token >= args.M) continue;
+            const Vec4 out = load_shared_vec4(get + t % 2 * Place::turn_bytes);
             u16* y = args.y + my_token * args.y_stride + my_row;
             if (args.y_vector && my_row + 8 <= args.N) {
                 *reinterpret_cast<Vec4*>(y) = out;
@@ -455,8 +465,9 @@ extern "C" __global__ void __cluster_dims__(Config::cluster) __launch_bounds__(T
             barrier_init(shared + Place::full + 8 * stage, 2);
             barrier_init(shared + Place::empty + 8 * stage, 4 * Tile::wgs_n);
         }
-        barrier_init(shared + Place::arrived, 1);
-        if (Tile::cluster > 1) barrier_expect(shared + Place::arrived, (Tile::cluster - 1) * Place::share_bytes);
+        const bool adds = cluster_rank() == 0;
+        barrier_init(shared + Place::arrived, adds ? 1 : 4 * Tile::wgs_n);
+        if (Tile::cluster > 1 && adds) barrier_expect(shared + Place::arrived, (Tile::cluster - 1) * Place::share_bytes);
         barrier_init_fence();
     } else if (threadIdx.x == Tile::consumers + WARP) {
         prefetch_map(&args.x);

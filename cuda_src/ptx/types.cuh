@@ -13,6 +13,13 @@ struct alignas(16) Vec4 {
     u32 word[4];
 };
 
+// Keeps what computes `value` before, and what uses it after this point. Registers of wgmma must not be written while a
+// group is under way, and the compiler would move arithmetic across; and it would compute an address anew in every turn
+// of a loop.
+__device__ inline void pin(u32& value) {
+    asm volatile("" : "+r"(value)::"memory");
+}
+
 // Of a power of two that is a normal number, as is the result; exact, and no division.
 __device__ inline float inverse_power(float power) {
     return __uint_as_float(0x7F000000u - __float_as_uint(power));
