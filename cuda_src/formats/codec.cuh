@@ -8,6 +8,7 @@
 //   decode(...)     bits / 4 words -> the four registers of an m16k16 A fragment: 8 unscaled values of type T
 //
 //   Scaled          decodes weights times their scales, for kernels that do not scale accumulators; see ScaledWeights
+//   Products        how products with codes become sums, for kernels that do; see ExactProducts
 //
 // T is the type of the activations, S that of the parameters. Kernels multiply accumulators by the scale, so a
 // decoded value carries no rounding error unless the format's values have no exact T.
@@ -50,5 +51,24 @@ struct ScaledWeights {
         Codec::decode(a, words, group, table);
 #pragma unroll
         for (int p = 0; p < 4; ++p) a[p] = T::multiply(a[p], scale[p % 2]);
+    }
+};
+
+// Decoded values are those of the format: products of a granule of K, times its scale, join the sums.
+template <class Codec>
+struct ExactProducts {
+    static constexpr bool needs_sums_of_x = false;
+    static constexpr u32 one = 0;
+    static constexpr float unit = 1.0f;
+
+    static __device__ void decode(u32 (&a)[4], const u32* words, const typename Codec::Group& group, u32 table) {
+        Codec::decode(a, words, group, table);
+    }
+
+    // Accumulators 0 and 1 belong to row g, 2 and 3 to row g + 8.
+    static __device__ void add(float (&sums)[4], const float (&products)[4], const float (&)[4], const typename Codec::Group&,
+                               const float (&scale)[2]) {
+#pragma unroll
+        for (int i = 0; i < 4; ++i) sums[i] += products[i] * scale[i / 2];
     }
 };

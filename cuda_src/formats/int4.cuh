@@ -42,6 +42,9 @@ struct ScaledInt4<Codec, Float16> : ScaledSubnormals {
 template <class T, class S>
 struct Codec : ScaleOnly<4> {
     using Scaled = ScaledInt4<Codec, T>;
+    using Products = NibbleProducts<Codec, T>;
+
+    static __device__ float zero_point(const ScaleOnly<4>::Group&, int) { return 8.0f; }
 
     static __device__ void decode(u32 (&a)[4], const u32* words, const ScaleOnly<4>::Group&, u32) {
         const auto zero = Nibbles<T>::zero(8.0f);

@@ -26,6 +26,7 @@ struct Bytes<BFloat16> {
 template <class T, class S>
 struct Codec : ScaleOnly<8> {
     using Scaled = ScaledWeights<Codec, T, 128>;
+    using Products = ExactProducts<Codec>;
 
     static __device__ void decode(u32 (&a)[4], const u32* words, const ScaleOnly<8>::Group&, u32) {
 #pragma unroll

@@ -9,6 +9,7 @@
 template <class T, class S>
 struct Codec : ScaleOnly<4> {
     using Scaled = ScaledWeights<Codec, T, 1>;
+    using Products = ExactProducts<Codec>;
 
     static constexpr int table_bytes = 256 * WARP * 4;
 

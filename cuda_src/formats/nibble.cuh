@@ -46,3 +46,66 @@ struct Nibbles<BFloat16> {
         return BFloat16::add(lift<0x000F000F, 0x43004300>(word >> (4 * p)), zero.low);
     }
 };
+
+// Codes as they are masked out of a word, in the fewest instructions; products with them are put right at the end of a
+// granule, in fp32, where the sum of x times the zero point is subtracted. Tensor cores sum x up too, as products with 1.
+template <class T>
+struct MaskedNibbles;
+
+template <>
+struct MaskedNibbles<Float16> {
+    // A code in the last bits of a float16 is a subnormal, n * 2^-24. Rows g + 8 keep the four bits of row g below theirs:
+    // 16 n' + n, of which row g's product takes n away.
+    //
+    // Tensor cores align products by the exponents of their factors, and that of a subnormal is -14 whatever its leading
+    // bit: a product loses what is below some 2^-14 of the largest x of 16. Rounding x to float16 has lost more, unless
+    // that x is exact: 2^-12 of it.
+    static constexpr u32 one = 0x3C003C00u;
+    static constexpr float unit = 1.0f / (1 << 24), offset = 0.0f;
+
+    static __device__ void decode(u32 (&a)[4], u32 word) {
+        a[1] = word & 0x00FF00FFu;
+        a[3] = __byte_perm(word, 0, 0x4341);  // (word >> 8) & 0x00FF00FF
+        a[0] = a[1] & 0x000F000Fu;
+        a[2] = a[3] & 0x000F000Fu;
+    }
+    // Of row g + 8, `row_g` being that of row g; and what remains to be multiplied by.
+    static __device__ float second(float product, float row_g) { return product - row_g; }
+    static constexpr float second_unit = 1.0f / 16;
+};
+
+template <>
+struct MaskedNibbles<BFloat16> {
+    static constexpr u32 one = 0x3F803F80u;
+    static constexpr float unit = 1.0f, offset = 128.0f;
+
+    static __device__ void decode(u32 (&a)[4], u32 word) {
+#pragma unroll
+        for (int p = 0; p < 4; ++p) a[p] = lift<0x000F000F, 0x43004300>(word >> (4 * p));
+    }
+    static __device__ float second(float product, float) { return product; }
+    static constexpr float second_unit = 1.0f;
+};
+
+// The `Products` of int4 and uint4; Codec::zero_point(group, i) is that of row g + 8 i. Sums count in `unit`.
+template <class Codec, class T>
+struct NibbleProducts : MaskedNibbles<T> {
+    using Masked = MaskedNibbles<T>;
+    static constexpr bool needs_sums_of_x = true;
+
+    static __device__ void decode(u32 (&a)[4], const u32* words, const typename Codec::Group&, u32) {
+        Masked::decode(a, words[0]);
+    }
+
+    static __device__ void add(float (&sums)[4], const float (&products)[4], const float (&x)[4],
+                               const typename Codec::Group& group, const float (&scale)[2]) {
+        const float zero = (Masked::offset + Codec::zero_point(group, 0)) * Masked::unit;
+        const float second_zero = (Masked::offset + Codec::zero_point(group, 1)) * (Masked::unit / Masked::second_unit);
+        const float second_scale = scale[1] * Masked::second_unit;
+#pragma unroll
+        for (int i = 0; i < 2; ++i) {
+            sums[i] += (products[i] - zero * x[i]) * scale[0];
+            sums[i + 2] += (Masked::second(products[i + 2], products[i]) - second_zero * x[i]) * second_scale;
+        }
+    }
+};

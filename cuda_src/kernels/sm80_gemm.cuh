@@ -40,6 +40,7 @@ struct Tile : Config {
     static constexpr int rows = 16 * Config::row_atoms * Config::warps_n;
     static constexpr int tokens = 8 * Config::token_tiles * Config::warps_m;
     static constexpr int k = 16 * Config::k_atoms * Config::warps_k;
+    static constexpr bool sums_of_x = false;
 };
 
 extern "C" __global__ void __launch_bounds__(Tile::threads, Config::blocks_per_sm) gemm(const __grid_constant__ Args args) {

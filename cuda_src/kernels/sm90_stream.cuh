@@ -52,7 +52,7 @@ struct Tile : Config {
     static constexpr int rows = SLAB_N;
     static constexpr int tokens = 8 * Config::token_tiles;
     static constexpr int k = SLAB_K;
-    static constexpr bool scale_weights = false;
+    static constexpr bool scale_weights = false, sums_of_x = true;
 };
 
 // Where a warp is on its way through its slabs: a share of K of one tile, then the same of the next tile.
@@ -66,29 +66,47 @@ struct Walk {
     }
 };
 
-// The x of one slab, by one warp: half a warp copies a token.
+// The x of a slab, by one warp: half a warp copies a token, a lane 8 K of every other one.
 template <class Place>
-__device__ inline void copy_tokens(const Args& args, u32 stage, int slab) {
-    const int within = threadIdx.x % 16, first = threadIdx.x % WARP / 16;
-    const int k = slab * SLAB_K + 8 * within;
-    if (args.x_vector && (slab + 1) * SLAB_K <= args.K) {
+struct TokenCopies {
+    static constexpr int passes = Tile::tokens / 2;
+    const Args& args;
+    const int first = threadIdx.x % WARP / 16, within = threadIdx.x % 16;
+    const int mine = (args.M - first + 1) / 2;                          // tokens of this lane
+    const u16* const source = args.x + first * args.x_stride + 8 * within;
+    const i64 step = 2 * args.x_stride;
+    u32 place[passes];
+
+    __device__ TokenCopies(const Args& args) : args(args) {
 #pragma unroll
-        for (int token = first; token < Tile::tokens; token += 2)
-            if (token < args.M) copy_async(stage + Place::token_chunk(token, within), args.x + token * args.x_stride + k, 16);
-        return;
-    }
-#pragma unroll 1
-    for (int token = first; token < args.M; token += 2) {
-        const u16* row = args.x + token * args.x_stride;
-        Vec4 v;
-#pragma unroll
-        for (int i = 0; i < 4; ++i) {
-            const u32 low = k + 2 * i < args.K ? row[k + 2 * i] : 0, high = k + 2 * i + 1 < args.K ? row[k + 2 * i + 1] : 0;
-            v.word[i] = low | high << 16;
+        for (int i = 0; i < passes; ++i) {
+            place[i] = Place::token_chunk(first + 2 * i, within);
+            pin(place[i]);
         }
-        store_shared_vec4(stage + Place::token_chunk(token, within), v);
     }
-}
+
+    __device__ void copy(u32 stage, int slab) const {
+        const u16* const from = source + slab * SLAB_K;
+        if (args.x_vector && (slab + 1) * SLAB_K <= args.K) {
+#pragma unroll
+            for (int i = 0; i < passes; ++i)
+                if (i < mine) copy_async(stage + place[i], from + i * step, 16);
+            return;
+        }
+        const int left = args.K - slab * SLAB_K - 8 * within;
+#pragma unroll 1
+        for (int i = 0; i < mine; ++i) {
+            const u16* const row = from + i * step;
+            Vec4 v;
+#pragma unroll
+            for (int j = 0; j < 4; ++j) {
+                const u32 low = 2 * j < left ? row[2 * j] : 0, high = 2 * j + 1 < left ? row[2 * j + 1] : 0;
+                v.word[j] = low | high << 16;
+            }
+            store_shared_vec4(stage + Place::token_chunk(first + 2 * i, within), v);
+        }
+    }
+};
 
 extern "C" __global__ void __cluster_dims__(Config::cluster) __launch_bounds__(Tile::threads, Config::blocks_per_sm)
     gemm(const __grid_constant__ Args args) {
@@ -106,8 +124,10 @@ extern "C" __global__ void __cluster_dims__(Config::cluster) __launch_bounds__(T
     extern __shared__ __align__(128) u8 shared[];
     const u32 table = shared_address(shared);
     const int warp = threadIdx.x / WARP, lane = threadIdx.x % WARP;
-    const u32 ring = table + Decoder::table_bytes + warp * Config::slots * Place::bytes;
-    const u32 barriers = table + Decoder::table_bytes + ring_bytes + warp * Config::slots * 8;
+    u32 ring = table + Decoder::table_bytes + warp * Config::slots * Place::bytes;
+    u32 barriers = table + Decoder::table_bytes + ring_bytes + warp * Config::slots * 8;
+    pin(ring);
+    pin(barriers);
     u8* const after = shared + Decoder::table_bytes + ring_bytes + barrier_bytes;
     float* const exchange = reinterpret_cast<float*>(after);
     float* const shares = reinterpret_cast<float*>(after + Output::bytes);
@@ -128,8 +148,9 @@ extern "C" __global__ void __cluster_dims__(Config::cluster) __launch_bounds__(T
             copy_bulk(ring + slot * Place::bytes, source, Packed::slab_bytes, barriers + 8 * slot, policy);
         }
     };
+    const TokenCopies<Place> tokens(args);
     auto copy_x = [&](int slot, const Walk& at) {
-        if (at.left > 0) copy_tokens<Place>(args, ring + slot * Place::bytes, at.slab);
+        if (at.left > 0) tokens.copy(ring + slot * Place::bytes, at.slab);
         copy_commit();  // a group for each slot, also an empty one: copy_wait counts groups
     };
     if (lane == 0) {
@@ -176,6 +197,7 @@ extern "C" __global__ void __cluster_dims__(Config::cluster) __launch_bounds__(T
             if (++slot == Config::slots) slot = 0, parity ^= 1;
         }
 
+        work.undo_factors();
         const int row = (first_tile + t * clusters) * Tile::rows;
         if (Config::cluster == 1) {
             Output::gather(work.sums, exchange, args.M,

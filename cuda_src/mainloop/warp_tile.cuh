@@ -2,13 +2,22 @@
 //
 // Weights are the row operand: a lane's 16 bytes are its A fragments of several atoms, decoded in registers. Then either
 // products of one granule gather in `partial`, and its scale is applied when they join `sums`, in fp32: exact, and cheap
-// for few tokens. Or (Tile::scale_weights) decoding multiplies by the scale, which rounds each weight once, and the
+// for few tokens; where Tile::sums_of_x, a format may decode to less than its values and put that right there. Or (Tile::scale_weights) decoding multiplies by the scale, which rounds each weight once, and the
 // products join `sums` at once: fewer registers and instructions for many tokens.
 #pragma once
 #include "layout.cuh"
 #include "mainloop/pipeline.cuh"
 #include "ptx/mma.cuh"
 #include "ptx/shared_memory.cuh"
+
+template <bool first, class A, class B>
+struct Either {
+    using Type = A;
+};
+template <class A, class B>
+struct Either<false, A, B> {
+    using Type = B;
+};
 
 template <class Tile, class Layout, class Codec, class T, class S, int granule>
 struct WarpTile {
@@ -17,6 +26,8 @@ struct WarpTile {
     using Place = Stage<Tile, Layout>;
 
     using Scaled = typename Codec::Scaled;
+    // At granules of 16 the end of a granule costs more than decoding saves.
+    using Products = typename Either<Tile::sums_of_x && granule >= 32, typename Codec::Products, ExactProducts<Codec>>::Type;
 
     float sums[row_atoms][token_tiles][4];
     float factor[row_atoms][2];  // of rows g and g + 8, see Scaled
@@ -33,15 +44,16 @@ struct WarpTile {
             }
     }
 
-    // After the last: sums of weights times scales without factors.
+    // After the last: sums of weights times scales, without factors and units.
     __device__ void undo_factors() {
-        if (!Tile::scale_weights) return;
+        if (!Tile::scale_weights && Products::unit == 1.0f) return;
 #pragma unroll
         for (int r = 0; r < row_atoms; ++r)
 #pragma unroll
             for (int t = 0; t < token_tiles; ++t)
 #pragma unroll
-                for (int i = 0; i < 4; ++i) sums[r][t][i] *= inverse_power(factor[r][i / 2] * Scaled::unit);
+                for (int i = 0; i < 4; ++i)
+                    sums[r][t][i] *= Tile::scale_weights ? inverse_power(factor[r][i / 2] * Scaled::unit) : 1.0f / Products::unit;
     }
 
     __device__ void clear() {
@@ -57,7 +69,7 @@ struct WarpTile {
     __device__ void step(u32 stage, u32 table, int row_atom, int token, int k_atom, Meanwhile meanwhile) {
         constexpr int granule_atoms = granule / 16;
         const int lane = threadIdx.x % WARP;
-        float partial[row_atoms][token_tiles][4];
+        float partial[row_atoms][token_tiles][4], sums_of_x[token_tiles][4];
         typename Codec::Group group[row_atoms];
         Scaled scaled[row_atoms];
         Vec4 codes[row_atoms];
@@ -89,6 +101,14 @@ struct WarpTile {
 
             u32 b[token_tiles][2];
             load_tokens(b, stage, token, atom, lane);
+            if (Products::needs_sums_of_x) {
+                const u32 ones[4] = {Products::one, Products::one, Products::one, Products::one};
+#pragma unroll
+                for (int t = 0; t < token_tiles; ++t) {
+                    if (opens) clear(sums_of_x[t]);
+                    mma<T>(sums_of_x[t], ones, b[t][0], b[t][1]);
+                }
+            }
 #pragma unroll
             for (int r = 0; r < row_atoms; ++r) {
                 u32 weights[4];
@@ -96,7 +116,7 @@ struct WarpTile {
                 if (Tile::scale_weights)
                     scaled[r].decode(weights, words, table);
                 else
-                    Codec::decode(weights, words, group[r], table);
+                    Products::decode(weights, words, group[r], table);
 #pragma unroll
                 for (int t = 0; t < token_tiles; ++t) {
                     if (opens && !Tile::scale_weights) clear(partial[r][t]);
@@ -112,8 +132,7 @@ struct WarpTile {
                     const float scale[2] = {S::to_float(pair & 0xFFFFu), S::to_float(pair >> 16)};  // rows g, g + 8
 #pragma unroll
                     for (int t = 0; t < token_tiles; ++t)
-#pragma unroll
-                        for (int i = 0; i < 4; ++i) sums[r][t][i] += partial[r][t][i] * scale[i / 2];
+                        Products::add(sums[r][t], partial[r][t], sums_of_x[t], group[r], scale);
                 }
             }
         }
