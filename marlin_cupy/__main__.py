@@ -382,6 +382,9 @@ def bench(
         list[str] | None, typer.Option(help='"plain" or "dependent", repeatable; plain if not given.')
     ] = None,
     quick: Annotated[bool, typer.Option("--quick", help="Few shapes and repeats, within a minute.")] = False,
+    sample_ms: Annotated[
+        float | None, typer.Option("--sample-ms", help="Length of a sample, 12 by default; 400 lets the clock settle.")
+    ] = None,
 ) -> None:
     """Time this machine's GPU: our kernels, cuBLAS, the read floor and what else is installed."""
     layers: list[tuple[str, int, int]] | None = [shapes.parse(text) for text in shape] if shape else None
@@ -393,7 +396,7 @@ def bench(
         run = importlib.import_module("marlin_cupy.bench.run").run  # with matplotlib, which no other command needs
     except ImportError as error:
         raise ImportError(f"bench needs {error.name}; pip install 'marlin_cupy[bench]'.") from error
-    code: int = run(layers, m, format, group_size, dtype, output, quick, launch)
+    code: int = run(layers, m, format, group_size, dtype, output, quick, launch, sample_ms)
     raise typer.Exit(code)
 
 

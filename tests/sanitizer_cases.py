@@ -4,14 +4,16 @@
         compute-sanitizer --tool $tool --error-exitcode 1 python tests/sanitizer_cases.py
     done
 
-marlin_cupy has to be installed, or the checkout in PYTHONPATH. Run it once without the tool first, so that compiling
-is done. It exits with an error when a result is wrong.
-Everything but the kernels happens on the host, so that the tool has nothing else to look at.
+``--kernel sm90_stream --every 4`` leaves every fourth case of that kernel. marlin_cupy has to be installed, or the
+checkout in PYTHONPATH. Run it once without the tool first, so that compiling is done. It exits with an error when a
+result is wrong. Everything but the kernels happens on the host, so that the tool has nothing else to look at.
 """
 
 from __future__ import annotations
 
+import argparse
 import dataclasses
+import itertools
 import time
 from collections.abc import Iterator
 
@@ -43,6 +45,8 @@ def to_gpu(array: np.ndarray) -> cupy.ndarray:
 def to_host(array: cupy.ndarray) -> np.ndarray:
     return array.view(cupy.uint16).get().view(array.dtype)
 
+
+KERNELS = (sm80_gemm.KERNEL, sm90_stream.KERNEL, sm90_wgmma.KERNEL)
 
 Case = tuple[CudaKernel, int, CudaConfiguration]  # with the number of rows
 
@@ -92,8 +96,8 @@ def wgmma_cases(dtype: str, w: mc.QuantizedTensor, only_every: int) -> Iterator[
                 yield sm90_wgmma.KERNEL, M, sm90_wgmma.Tiling(config, grid)
 
 
-def check_kernels(format: str, dtype: str, only_every: int) -> tuple[int, int]:
-    """Numbers of launches with whole tiles and with shared ones."""
+def check_kernels(format: str, dtype: str, only_every: int, names: list[str], turns: Iterator[bool]) -> tuple[int, int]:
+    """Numbers of launches with whole tiles and with shared ones, of the kernels in ``names`` where it is their turn."""
     launches = [0, 0]
     for K, N in SHAPES + WGMMA_SHAPES:
         on_host = mc.quantize(gaussian(K, N, seed=K), format, GROUP_SIZE[format], scale_dtype=dtype)
@@ -102,6 +106,8 @@ def check_kernels(format: str, dtype: str, only_every: int) -> tuple[int, int]:
         exact = Product(*(part.astype(np.float64) for part in (x, on_host.dequantize("float32"), bias)))
         others = () if (K, N) in WGMMA_SHAPES else (*portable_cases(dtype, w, only_every), *stream_cases(dtype, w))
         for kernel, M, configuration in (*others, *wgmma_cases(dtype, w, only_every)):
+            if kernel.name not in names or not next(turns):
+                continue
             plan = kernel.plan(Problem(M, dtype, w.spec, gpu()), configuration)
             x_gpu, bias_gpu = to_gpu(x[:M]), to_gpu(bias)
             for dependent in (False, True) if configuration.dependent else (False,):
@@ -110,18 +116,16 @@ def check_kernels(format: str, dtype: str, only_every: int) -> tuple[int, int]:
                 if dependent:  # behind a launch, which it can overlap with
                     plan.multiply(frameworks.of(x_gpu), x_gpu, w, bias_gpu, out, True)
                     plan.multiply(frameworks.of(x_gpu), x_gpu, w, bias_gpu, out, True)
-                rounding = kernel.name if rounds_weights(configuration) else ""
+                rounding = "" if is_exact(configuration) else kernel.name
                 case = f"{format} {dtype} {plan}, dependent={dependent}"
                 exact.check(to_host(out).astype(np.float64), dtype, format, gpu=True, kernel=rounding, case=case)
                 launches[is_shared(configuration)] += 1
     return launches[0], launches[1]
 
 
-def rounds_weights(configuration: CudaConfiguration) -> bool:
-    """Whether weights are rounded once more after scaling."""
-    if isinstance(configuration, sm80_gemm.Tiling):
-        return configuration.config.scale_weights
-    return isinstance(configuration, sm90_wgmma.Tiling)
+def is_exact(configuration: CudaConfiguration) -> bool:
+    """Whether it is a configuration of sm80_gemm that does not round weights after scaling, whatever M."""
+    return isinstance(configuration, sm80_gemm.Tiling) and not configuration.config.scale_weights
 
 
 def is_shared(configuration: CudaConfiguration) -> bool:
@@ -151,11 +155,17 @@ def check_addresses() -> int:
 
 
 def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--every", type=int, default=1)
+    parser.add_argument("--kernel", action="append", choices=[kernel.name for kernel in KERNELS])
+    options = parser.parse_args()
+    names = options.kernel or [kernel.name for kernel in KERNELS]
+    turns = itertools.cycle([True] + [False] * (options.every - 1))
     start = time.perf_counter()
     whole = shared = 0
     for index, format in enumerate(FORMATS):
         for dtype in HALF if format == "int4" else (HALF[index % 2],):
-            counts = check_kernels(format, dtype, only_every=1 if format == "int4" and dtype == "float16" else 3)
+            counts = check_kernels(format, dtype, 1 if format == "int4" and dtype == "float16" else 3, names, turns)
             whole, shared = whole + counts[0], shared + counts[1]
     others = check_addresses()
     assert whole, "no launch with whole tiles"

@@ -608,8 +608,10 @@ def test_a_run_from_weights_to_files(
     dtype: str, host: None, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(timing, "COLD_BYTES", 3000)
-    code = run.run([("small", 128, 64), ("odd", 80, 33)], [5, 1], ["int4", "nf4"], None, dtype, tmp_path, True)
+    layers, formats = [("small", 128, 64), ("odd", 80, 33)], ["int4", "nf4"]
+    code = run.run(layers, [5, 1], formats, None, dtype, tmp_path, True, sample_ms=0.2)
     found = Report.load(tmp_path / "bench.json")
+    assert "samples of about 0.2 ms each" in found.header["protocol"]
     cells = [(row.name, row.format, row.group_size, row.M) for row in found.rows]
     assert cells == [
         (name, format, group, m)
@@ -647,6 +649,9 @@ def test_cells_without_dependent_launches_have_no_such_row(host: None, tmp_path:
     assert not any(seen)
     with pytest.raises(ValueError, match="launch is early; use plain or dependent"):
         run.run([("small", 128, 64)], [1], None, None, "float16", None, True, ["early"])
+    for sample_ms in (0.0, -1.0, math.inf, math.nan):
+        with pytest.raises(ValueError, match="use a number of milliseconds above 0"):
+            run.run([("small", 128, 64)], [1], None, None, "float16", None, True, sample_ms=sample_ms)
 
 
 def test_a_result_that_is_not_written_is_wrong(

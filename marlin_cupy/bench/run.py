@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
+import math
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -46,6 +48,7 @@ def run(
     output: Path | None,
     quick: bool,
     launches: list[str] | None = None,
+    sample_ms: float | None = None,
 ) -> int:
     """Measure, print a table, write files.
 
@@ -60,6 +63,8 @@ def run(
         quick: short samples and no humming; with two layers and three M, which it defaults to, less than a minute.
         launches: "plain" and "dependent", a row for each; plain if None. In dependent rows our kernel and the read
             floor are dependent launches, each behind one of its own; cells whose kernel has none are left out.
+        sample_ms: length of a sample, 12 ms (6 if quick) if None. A GPU at its power limit needs a few hundred to
+            settle at the clock that goes with what runs; contenders that take turns by 12 ms share one.
 
     Returns:
         The exit code: 1 without a GPU or where a check failed, else 0.
@@ -76,6 +81,10 @@ def run(
     chosen = [Shape(*shape) for shape in shapes] if shapes else list(layers.QUICK if quick else layers.LLAMA)
     m_values = sorted(set(ms or (layers.QUICK_M_VALUES if quick else layers.M_VALUES)))
     sampling = QUICK_SAMPLING if quick else Sampling()
+    if sample_ms is not None:
+        if not 0 < sample_ms < math.inf:
+            raise ValueError(f"sample_ms is {sample_ms:g}; use a number of milliseconds above 0.")
+        sampling = dataclasses.replace(sampling, sample_ms=sample_ms)
     names = formats or ["int4"]
     group_sizes = {name: group_size or registry.get(name).default_group_size for name in names}
 
