@@ -654,6 +654,21 @@ def test_cells_without_dependent_launches_have_no_such_row(host: None, tmp_path:
             run.run([("small", 128, 64)], [1], None, None, "float16", None, True, sample_ms=sample_ms)
 
 
+def test_ours_can_be_batch_invariant(host: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    multiply = contenders.matmul
+    seen: list[dict[str, Any]] = []
+
+    def spy(*arguments: Any, **options: Any) -> Any:
+        seen.append(options)
+        return multiply(*arguments, **options)
+
+    monkeypatch.setattr(contenders, "matmul", spy)
+    assert run.run([("small", 128, 64)], [1], None, None, "float16", tmp_path, True, batch_invariant=True) == 0
+    assert seen
+    assert all(options["batch_invariant"] for options in seen)
+    assert "batch_invariant=True" in Report.load(tmp_path / "bench.json").header["contenders"][OURS]
+
+
 def test_a_result_that_is_not_written_is_wrong(
     host: None, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -182,10 +182,10 @@ def test_bench_hands_its_options_on(monkeypatch: pytest.MonkeyPatch, tmp_path: P
     monkeypatch.setattr(stub, "run", record, raising=False)
     monkeypatch.setitem(sys.modules, "marlin_cupy.bench.run", stub)
     options = ["--m", "1", "--m", "16", "--format", "nf4", "--group-size", "64", "--dtype", "bfloat16", "--quick"]
-    options += ["--launch", "plain", "--launch", "dependent", "--sample-ms", "400"]
+    options += ["--launch", "plain", "--launch", "dependent", "--sample-ms", "400", "--batch-invariant"]
     run("bench", "--shape", "qkv=4096x6144", "--shape", "o=64x96", *options, "--output", tmp_path, code=7)
     layers, launches = [("qkv", 4096, 6144), ("o", 64, 96)], ["plain", "dependent"]
-    assert calls == [(layers, [1, 16], ["nf4"], 64, "bfloat16", Path(tmp_path), True, launches, 400.0)]
+    assert calls == [(layers, [1, 16], ["nf4"], 64, "bfloat16", Path(tmp_path), True, launches, 400.0, True)]
 
 
 def test_bench_names_its_extra(monkeypatch: pytest.MonkeyPatch) -> None:

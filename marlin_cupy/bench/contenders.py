@@ -52,6 +52,7 @@ class Setup:
     dtype: str
     gpu: Gpu
     stream: Any  # a CuPy stream that is not the default one; everything runs on it
+    batch_invariant: bool = False  # ours
 
 
 class Contender(ABC):
@@ -103,8 +104,11 @@ class Ours(Contender):
         more = (QuantizedTensor(first.spec, first.packed.copy()) for _ in range(self.copies - 1))
         self.weights = [first, *more]
         self.description = f"marlin_cupy.matmul, {setup.format} weights with {setup.dtype} scales, out= given"
+        if setup.batch_invariant:
+            self.description += ", batch_invariant=True"
         self.tolerance = TOLERANCE[setup.dtype]
         self._setup = setup
+        self._options = {"batch_invariant": True} if setup.batch_invariant else {}
 
     def details(self, m: int, dependent: bool) -> tuple[str, str]:
         """From :func:`marlin_cupy.explain`."""
@@ -116,12 +120,15 @@ class Ours(Contender):
         return self._explain(m).dependent
 
     def _explain(self, m: int) -> Explanation:
-        return explain((m, self._setup.shape.K), self._setup.dtype, self.weights[0])
+        return explain((m, self._setup.shape.K), self._setup.dtype, self.weights[0], **self._options)
 
     def run(self, m: int, dependent: bool) -> Run:
         """One launch per weight copy, all with the same x and y."""
         x, y = _activations(self._setup, m)
-        steps = [functools.partial(matmul, x, weight, None, y, dependent=dependent) for weight in self.weights]
+        steps = [
+            functools.partial(matmul, x, weight, None, y, dependent=dependent, **self._options)
+            for weight in self.weights
+        ]
         return CupyRun(self._setup.stream, steps, functools.partial(_error, self._setup.dtype, x, y, self._dense))
 
     @functools.cached_property

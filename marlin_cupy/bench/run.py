@@ -49,6 +49,7 @@ def run(
     quick: bool,
     launches: list[str] | None = None,
     sample_ms: float | None = None,
+    batch_invariant: bool = False,
 ) -> int:
     """Measure, print a table, write files.
 
@@ -65,6 +66,7 @@ def run(
             floor are dependent launches, each behind one of its own; cells whose kernel has none are left out.
         sample_ms: length of a sample, 12 ms (6 if quick) if None. A GPU at its power limit needs a few hundred to
             settle at the clock that goes with what runs; contenders that take turns by 12 ms share one.
+        batch_invariant: as in :func:`marlin_cupy.matmul`, for ours.
 
     Returns:
         The exit code: 1 without a GPU or where a check failed, else 0.
@@ -101,7 +103,7 @@ def run(
         for shape in chosen:
             for name in names:
                 progress.update(task, description=f"{shape.name} {name}: weights")
-                setup = Setup(shape, name, group_sizes[name], dtype, gpu(0), stream)
+                setup = Setup(shape, name, group_sizes[name], dtype, gpu(0), stream, batch_invariant)
                 for m, rows in _layer(setup, m_values, kinds, sampling, quick, found.header["contenders"]):
                     found.rows.extend(rows)
                     progress.update(task, advance=1, description=f"{shape.name} {name}: M = {m}")
