@@ -9,7 +9,10 @@
 // less the tensor cores have several times the rate that this needs; the time is that of the memory, if enough bytes are
 // asked for all the time, if decoding keeps up, and if little happens before the first copy and after the last.
 //
-// So a warp waits for nothing but its own copies: no barrier of the block, no work of other warps. It decodes a slab,
+// Decoding is most of the instructions. So 4-bit codes go to the tensor cores as they are masked out of a word, and what is
+// wrong with them is put right once per granule, in fp32, where the scale is applied too (formats/nibble.cuh).
+//
+// A warp waits for nothing but its own copies: no barrier of the block, no work of other warps. It decodes a slab,
 // multiplies it, and refills the slot; about 100 KB of weights are under way on an SM (24 slabs). Weights are read once and
 // leave L2 first. Nobody else needs these weights or this x, so nothing is shared until a tile of 64 outputs ends. Then the
 // warps add up through shared memory, and the blocks of a cluster, each with a share of K, through each other's shared

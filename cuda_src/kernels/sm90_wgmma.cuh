@@ -16,8 +16,8 @@
 // the power that they may take. A tile is chosen wide in outputs, since its x is read from L2 once per tile of outputs.
 //
 // The work is a list of segments (tile, K range); see schedule/segments.cuh. A tile of one segment is stored from
-// registers. If several blocks share a tile, a cluster adds the parts through the shared memory of its first block, blocks
-// elsewhere through global memory; both in a fixed order.
+// registers. If several blocks share a tile, a cluster adds the parts in the shared memory of its first block, where its
+// stages were, blocks elsewhere through global memory; both in a fixed order.
 //
 // What was tried and what each thing gave: examples/results/laboratory.md.
 //
