@@ -15,10 +15,11 @@ from marlin_cupy.kernels.problem import Problem
 from marlin_cupy.layout import Layout
 from marlin_cupy.tensor import Spec
 
-#: The part of the memory's nominal rate that reading a weight reaches, and what the launch of a kernel adds to that in
-#: a CUDA graph: a line through the read floors in examples/results/h200.json.
+#: The part of the memory's nominal rate that a kernel with nothing but bulk copies reaches, and what its launch adds to
+#: that in a CUDA graph: a line through the read floors in examples/results/h200.json.
+_FLOOR_SHARE, _FLOOR_LAUNCH_US = 0.942, 1.53
+#: The part that a kernel with loads reaches, in examples/results/h200_portable.json; what the kernels' costs go with.
 _READ_SHARE = 0.885
-FLOOR_LAUNCH_US = 1.4
 #: How much longer an SM takes for a slab of a format than for one of int4, and where a granule is 32 or less than where
 #: it is 64 or 128, from examples/results/h200_variants.json. Formats that are not listed are taken to be like int4.
 _DECODE = {"uint4": 1.04, "nf4": 1.3}
@@ -26,7 +27,7 @@ _FINE_GRANULE, _FINE_DECODE = 32, 1.1
 
 
 def read_us(nbytes: int, gpu: Gpu) -> float:
-    """Microseconds that all SMs of ``gpu`` together need to read so much, without any launch."""
+    """Microseconds in which kernels are taken to read so much with all SMs of ``gpu``, without any launch."""
     return nbytes / (gpu.memory_gbs * _READ_SHARE * 1e3)
 
 
@@ -52,4 +53,5 @@ def floor_us(problem: Problem) -> float | None:
     """
     if problem.gpu is None:
         return None
-    return FLOOR_LAUNCH_US + read_us(math.prod(problem.spec.layout.packed_shape), problem.gpu)
+    nbytes = math.prod(problem.spec.layout.packed_shape)
+    return _FLOOR_LAUNCH_US + nbytes / (problem.gpu.memory_gbs * _FLOOR_SHARE * 1e3)
