@@ -216,6 +216,8 @@ REFUSALS = {
     "bench --shape a=0x64": "shape is 'a=0x64'",
     "bench --format int3": "unknown format 'int3'",
     "bench --dtype float32": "dtype is 'float32'",
+    "bench --launch early": "launch is early; use plain or dependent",
+    "bench --sample-ms 0": "sample_ms is 0; use a number of milliseconds above 0",
 }
 
 

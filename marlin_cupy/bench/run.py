@@ -77,16 +77,16 @@ def run(
     kinds = list(dict.fromkeys(launches or [PLAIN]))
     if not set(kinds) <= {PLAIN, DEPENDENT}:
         raise ValueError(f"launch is {', '.join(kinds)}; use {PLAIN} or {DEPENDENT}.")
-    if gpu_count() == 0:
-        print(no_gpu("The benchmark"))
-        return 1
-    chosen = [Shape(*shape) for shape in shapes] if shapes else list(layers.QUICK if quick else layers.LLAMA)
-    m_values = sorted(set(ms or (layers.QUICK_M_VALUES if quick else layers.M_VALUES)))
     sampling = QUICK_SAMPLING if quick else Sampling()
     if sample_ms is not None:
         if not 0 < sample_ms < math.inf:
             raise ValueError(f"sample_ms is {sample_ms:g}; use a number of milliseconds above 0.")
         sampling = dataclasses.replace(sampling, sample_ms=sample_ms)
+    if gpu_count() == 0:
+        print(no_gpu("The benchmark"))
+        return 1
+    chosen = [Shape(*shape) for shape in shapes] if shapes else list(layers.QUICK if quick else layers.LLAMA)
+    m_values = sorted(set(ms or (layers.QUICK_M_VALUES if quick else layers.M_VALUES)))
     names = formats or ["int4"]
     group_sizes = {name: group_size or registry.get(name).default_group_size for name in names}
 
