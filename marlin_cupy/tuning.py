@@ -294,7 +294,7 @@ def tolerance(problem: Problem) -> float:
 
     Each rounds y once, u of its largest value at most, some round every weight after its scale, and all a codebook's
     values besides, which costs as much on average where the values of x are random; all of it twice over, since errors
-    of single elements are larger than the average one.
+    of single elements are larger than the average one. (What sm90_stream cuts off is far less, see formats/nibble.cuh.)
     Sums of K products in float32 are off by less than 2 sqrt(K) u |x| |W| except with small probability (Higham and
     Mary 2019, doi:10.1137/18M1226312), and |x| |W| is below sqrt(K) times a typical element where x is random.
     """

@@ -636,9 +636,9 @@ def test_cells_without_dependent_launches_have_no_such_row(host: None, tmp_path:
     seen: list[bool] = []
     multiply = contenders.matmul
 
-    def spy(*arguments: Any, dependent: bool) -> None:
-        seen.append(dependent)
-        multiply(*arguments, dependent=dependent)
+    def spy(*arguments: Any, **options: Any) -> None:
+        seen.append(options["dependent"])
+        multiply(*arguments, **options)
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(contenders, "matmul", spy)
@@ -672,6 +672,6 @@ def test_ours_can_be_batch_invariant(host: None, tmp_path: Path, monkeypatch: py
 def test_a_result_that_is_not_written_is_wrong(
     host: None, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(contenders, "matmul", lambda x, w, bias, out, dependent: None)
+    monkeypatch.setattr(contenders, "matmul", lambda x, w, bias, out, **options: None)
     assert run.run([("small", 128, 64)], [1], None, None, "float16", None, True) == 1
     assert "WRONG: marlin_cupy on small, M = 1, int4: relative error nan." in capsys.readouterr().out

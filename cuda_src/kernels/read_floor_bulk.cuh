@@ -5,8 +5,8 @@
 //   buffer  | piece 0 | piece 1 | piece 2 | ...     piece i goes to warp i % (all warps of the grid)
 #pragma once
 #include "ptx/bulk_copy.cuh"
-#include "ptx/cp_async.cuh"
 #include "ptx/dependent_launch.cuh"
+#include "ptx/shared_memory.cuh"
 
 struct Args {
     const u8* data;

@@ -26,7 +26,6 @@
 #include "layout.cuh"
 #include "ptx/bulk_copy.cuh"
 #include "ptx/cluster.cuh"
-#include "ptx/cp_async.cuh"
 #include "ptx/dependent_launch.cuh"
 #include "ptx/global_memory.cuh"
 #include "ptx/shared_memory.cuh"

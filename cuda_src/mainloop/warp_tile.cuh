@@ -1,9 +1,10 @@
 // Shared -> registers -> tensor cores: one warp's share of a K step.
 //
 // Weights are the row operand: a lane's 16 bytes are its A fragments of several atoms, decoded in registers. Then either
-// products of one granule gather in `partial`, and its scale is applied when they join `sums`, in fp32: exact, and cheap
-// for few tokens; where Tile::sums_of_x, a format may decode to less than its values and put that right there. Or (Tile::scale_weights) decoding multiplies by the scale, which rounds each weight once, and the
-// products join `sums` at once: fewer registers and instructions for many tokens.
+// products of one granule gather in `partial`, and its scale is applied when they join `sums`, in fp32: weights are not
+// rounded, and it is cheap for few tokens. With Tile::sums_of_x a format may decode to less than its values and put that
+// right there. Or (Tile::scale_weights) decoding multiplies by the scale, which rounds each weight once, and the products
+// join `sums` at once: fewer registers and instructions for many tokens.
 #pragma once
 #include "layout.cuh"
 #include "mainloop/pipeline.cuh"

@@ -47,16 +47,21 @@ __device__ inline void copy_bulk(u32 shared, const void* global, int bytes, u32 
         : "memory");
 }
 
-__device__ inline void barrier_wait(u32 barrier, u32 parity) {
-    asm volatile(
-        "{\n"
-        ".reg .pred done;\n"
-        "again:\n"
-        "mbarrier.try_wait.parity.shared::cta.b64 done, [%0], %1;\n"
-        "@done bra over;\n"
-        "bra again;\n"
-        "over:\n"
-        "}\n" ::"r"(barrier),
-        "r"(parity)
-        : "memory");
-}
+// Until the phase of that parity has ended.
+#define BARRIER_WAIT(name, order)                                                   \
+    __device__ inline void name(u32 barrier, u32 parity) {                          \
+        asm volatile(                                                               \
+            "{\n"                                                                   \
+            ".reg .pred done;\n"                                                    \
+            "again:\n"                                                              \
+            "mbarrier.try_wait.parity" order ".shared::cta.b64 done, [%0], %1;\n"   \
+            "@done bra over;\n"                                                     \
+            "bra again;\n"                                                          \
+            "over:\n"                                                               \
+            "}\n" ::"r"(barrier),                                                   \
+            "r"(parity)                                                             \
+            : "memory");                                                            \
+    }
+BARRIER_WAIT(barrier_wait, "")
+BARRIER_WAIT(barrier_wait_cluster, ".acquire.cluster")  // at which other blocks of the cluster arrive
+#undef BARRIER_WAIT

@@ -3,10 +3,6 @@
 #pragma once
 #include "ptx/types.cuh"
 
-__device__ inline u32 shared_address(const void* pointer) {
-    return static_cast<u32>(__cvta_generic_to_shared(pointer));
-}
-
 // Copies the first `valid` of 16 bytes and fills the rest with zeros.
 __device__ inline void copy_async(u32 shared, const void* global, int valid) {
     asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(shared), "l"(global), "r"(valid) : "memory");

@@ -2,6 +2,10 @@
 #pragma once
 #include "ptx/types.cuh"
 
+__device__ inline u32 shared_address(const void* pointer) {
+    return static_cast<u32>(__cvta_generic_to_shared(pointer));
+}
+
 __device__ inline u32 load_shared(u32 address) {
     u32 word;
     asm volatile("ld.shared.b32 %0, [%1];" : "=r"(word) : "r"(address));

@@ -108,7 +108,6 @@ class Ours(Contender):
             self.description += ", batch_invariant=True"
         self.tolerance = TOLERANCE[setup.dtype]
         self._setup = setup
-        self._options = {"batch_invariant": True} if setup.batch_invariant else {}
 
     def details(self, m: int, dependent: bool) -> tuple[str, str]:
         """From :func:`marlin_cupy.explain`."""
@@ -120,15 +119,15 @@ class Ours(Contender):
         return self._explain(m).dependent
 
     def _explain(self, m: int) -> Explanation:
-        return explain((m, self._setup.shape.K), self._setup.dtype, self.weights[0], **self._options)
+        return explain(
+            (m, self._setup.shape.K), self._setup.dtype, self.weights[0], batch_invariant=self._setup.batch_invariant
+        )
 
     def run(self, m: int, dependent: bool) -> Run:
         """One launch per weight copy, all with the same x and y."""
         x, y = _activations(self._setup, m)
-        steps = [
-            functools.partial(matmul, x, weight, None, y, dependent=dependent, **self._options)
-            for weight in self.weights
-        ]
+        options = {"dependent": dependent, "batch_invariant": self._setup.batch_invariant}
+        steps = [functools.partial(matmul, x, weight, None, y, **options) for weight in self.weights]
         return CupyRun(self._setup.stream, steps, functools.partial(_error, self._setup.dtype, x, y, self._dense))
 
     @functools.cached_property

@@ -21,7 +21,9 @@ _FLOOR_SHARE, _FLOOR_LAUNCH_US = 0.942, 1.53
 #: The part that a kernel with loads reaches, in examples/results/h200_portable.json; what the kernels' costs go with.
 _READ_SHARE = 0.885
 #: How much longer an SM takes for a slab of a format than for one of int4, and where a granule is 32 or less than where
-#: it is 64 or 128, from examples/results/h200_variants.json. Formats that are not listed are taken to be like int4.
+#: it is 64 or 128, measured before sm90_wgmma. Formats that are not listed are taken to be like int4, and bfloat16 like
+#: float16. examples/results/h200_variants.json has as whole times at M = 1 by now: uint4 1.01 to 1.04, nf4 1.3 to 1.5,
+#: granules of 32 1.08 to 1.16, bfloat16 1.04 to 1.19.
 _DECODE = {"uint4": 1.04, "nf4": 1.3}
 _FINE_GRANULE, _FINE_DECODE = 32, 1.1
 
