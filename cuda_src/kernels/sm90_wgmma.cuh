@@ -69,6 +69,7 @@ using Packed = Layout<Decoder, GRANULE>;
 
 // Shared memory, from the start: x needs the alignment of its swizzle.
 struct Place {
+    static constexpr int LENT_BYTES = 16384;                          // less than that is not worth waiting for the ring
     static constexpr int x_bytes = Tile::tokens * SLAB_K * 2;
     static constexpr int x_half = x_bytes / 2;                        // 64 K
     static constexpr int weight_bytes = Tile::slabs * Packed::slab_bytes;
@@ -78,14 +79,17 @@ struct Place {
     static constexpr int weights = Tile::stages * x_bytes;
     static constexpr int table = weights + Tile::stages * weight_bytes;
     static constexpr int k_shares = table + Decoder::table_bytes;     // of K groups but the first
-    static constexpr int turn = k_shares + (Tile::wgs_k - 1) * share_bytes;
+    static constexpr int others_bytes = (Tile::cluster - 1) * share_bytes;  // what other blocks of the cluster leave
+    static constexpr bool lends_stages = others_bytes > LENT_BYTES;
+    static constexpr int own = k_shares + (Tile::wgs_k - 1) * share_bytes;
+    static constexpr int turn = own + (lends_stages ? 0 : others_bytes);
     static constexpr int barriers = turn + Tile::wgs_n * 2 * turn_bytes;
     static constexpr int full = barriers, empty = full + 8 * Tile::stages, arrived = empty + 8 * Tile::stages;
     static constexpr int bytes = arrived + 16;
     static_assert(bytes == SHARED_BYTES, "the host twin reserves this much");
 
-    static constexpr int cluster_shares = 0;                          // a cluster computes one tile: its ring is free then
-    static_assert((Tile::cluster - 1) * share_bytes <= table, "what other blocks leave goes where stages were");
+    static constexpr int cluster_shares = lends_stages ? 0 : own;     // a cluster computes one tile: its ring is free then
+    static_assert(others_bytes <= table, "what other blocks leave goes where stages were");
 };
 
 __device__ inline Segments segments_of(const Args& args) {
@@ -344,13 +348,16 @@ private:
         return true;
     }
 
-    // Adds the blocks of the cluster up in the first one; false for the others. The first one says when they may overwrite
-    // its stages.
+    // Adds the blocks of the cluster up in the first one; false for the others. Where they are to overwrite its stages, the
+    // first one says when they may.
     __device__ bool add_cluster() {
         const int rank = static_cast<int>(cluster_rank());
         const u32 shares = shared + Place::cluster_shares, arrived = shared + Place::arrived;
         if (rank > 0) {
-            barrier_wait_cluster(arrived, 0);
+            if (Place::lends_stages)
+                barrier_wait_cluster(arrived, 0);
+            else
+                cluster_wait();  // the first block has started
             const u32 remote = cluster_address(shares + (rank - 1) * Place::share_bytes + share_offset(), 0);
             const u32 barrier = cluster_address(arrived, 0);
             each_quad([&](int r, int i) {
@@ -359,8 +366,10 @@ private:
             });
             return false;
         }
-        cluster_wait();  // the others have started
-        if (lane > 0 && lane < Tile::cluster) barrier_arrive_remote(cluster_address(arrived, lane));
+        if (Place::lends_stages) {
+            cluster_wait();  // the others have started
+            if (lane > 0 && lane < Tile::cluster) barrier_arrive_remote(cluster_address(arrived, lane));
+        }
         barrier_wait(arrived, 0);
         add_shares<Tile::cluster - 1>(shares);
         return true;

@@ -33,6 +33,7 @@ _WARPGROUP = 128
 _REGISTERS = 65536  # of an SM
 _PRODUCER_REGISTERS = 40  # per thread of the copying warpgroup
 _BOX_K = 64  # K of a row of x in shared memory: 128 bytes, its swizzle's width
+_LENT_BYTES = 16384  # what a cluster's blocks leave for the first one goes where its stages were if it is more
 _COPY_BYTES = 16  # what addresses of the copy engine are multiples of
 
 
@@ -85,7 +86,9 @@ class Config(Block):
     def shared_bytes(self, layout: Layout) -> int:
         """Dynamic shared memory of a block; the kernel asserts the same number."""
         stage = self.tokens * SLAB_K * 2 + self.rows // SLAB_N * 2 * layout.half_bytes
-        shares = (self.wgs_k - 1) * self.rows * self.tokens * 4
+        share = self.rows * self.tokens * 4
+        others = (self.cluster - 1) * share
+        shares = (self.wgs_k - 1) * share + (others if others <= _LENT_BYTES else 0)
         turn = self.wgs_n * 2 * 16 * SLAB_N * 2
         return layout.format.table_bytes + self.stages * (stage + 16) + shares + turn + 16
 
@@ -126,6 +129,7 @@ class RatedConfig:
 CONFIGS = (
     RatedConfig(Config(1, 2, 1, 16, 8, 2, 4), 181),
     RatedConfig(Config(2, 2, 1, 16, 12, 2, 4), 302),
+    RatedConfig(Config(3, 1, 1, 16, 9, 2, 4), 430),
     RatedConfig(Config(4, 1, 1, 16, 5, 1, 4), 542),
     RatedConfig(Config(1, 2, 1, 32, 8, 1, 4), 206),
     RatedConfig(Config(1, 2, 1, 32, 8, 2, 4), 195),
@@ -154,6 +158,8 @@ CONFIGS = (
     RatedConfig(Config(2, 1, 2, 112, 4, 1, 1), 1365),
     RatedConfig(Config(3, 1, 1, 112, 4, 1, 1), 1027),
     RatedConfig(Config(3, 1, 1, 112, 4, 2, 1), 1053),
+    RatedConfig(Config(1, 2, 1, 128, 4, 1, 1), 480),
+    RatedConfig(Config(1, 2, 1, 128, 4, 2, 1), 450),
     RatedConfig(Config(2, 1, 1, 128, 4, 1, 1), 801),
     RatedConfig(Config(2, 1, 1, 128, 4, 2, 1), 787),
     RatedConfig(Config(2, 1, 2, 128, 4, 1, 1), 1569),
