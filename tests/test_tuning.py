@@ -70,7 +70,7 @@ def test_candidates_are_sorted_and_have_names_of_their_own(arch: str) -> None:
 
 def test_keys_are_short_and_do_not_depend_on_the_process() -> None:
     found = {each.key for M in (1, 16, 64) for each in kernels.candidates(problem(M))}
-    assert "sm90_stream:1-8-3-2-1/64" in found
+    assert "sm90_stream:1-8-3-2-1-2/64" in found
     assert all(len(key) < 60 and key.isascii() for key in found)
 
 

@@ -1,6 +1,6 @@
 // y (M, N) = x (M, K) @ W (K, N) + bias for up to 16 rows of x: every warp streams weights on its own (sm_90).
 //
-//   K ->                                               a column: one slab, 64 outputs x 128 K, contiguous
+//   K ->                                               a column: one slab, 64 outputs x 128 K, contiguous, or half
 //   | 0 1 2 3 4 5 6 7 | 0 1 ...       | rank 1 ...     the number: the warp of the block that takes it, into a ring of
 //   |<--- a round --->|               |                its own, by one bulk copy and the x of that slab beside it
 //   |<------ cluster rank 0 --------->|
@@ -40,7 +40,7 @@ struct Args {
     i64 x_stride;     // elements between tokens
     i64 y_stride;
     int M, N, K;
-    int slabs_n, slabs_k;
+    int tiles_n, slabs_k;
     int rounds;       // tiles of the busiest cluster
     int x_vector;     // token rows start at multiples of 16 bytes
     int y_vector;     // of 8 bytes
@@ -48,11 +48,11 @@ struct Args {
 };
 
 struct Tile : Config {
-    static constexpr int row_atoms = SLAB_N / 16;
+    static constexpr int rows = HALF_N * Config::halves;
+    static constexpr int row_atoms = rows / 16;
     static constexpr int k_atoms = SLAB_K / 16;
     static constexpr int warps_n = 1, warps_m = 1;
     static constexpr int threads = WARP * Config::warps_k;
-    static constexpr int rows = SLAB_N;
     static constexpr int tokens = 8 * Config::token_tiles;
     static constexpr int k = SLAB_K;
     static constexpr bool scale_weights = false, sums_of_x = true;
@@ -141,14 +141,16 @@ extern "C" __global__ void __cluster_dims__(Config::cluster) __launch_bounds__(T
     const int k_begin = args.slabs_k * rank / Config::cluster + warp;
     const int k_end = args.slabs_k * (rank + 1) / Config::cluster;
     const int per_tile = k_begin < k_end ? (k_end - k_begin + Tile::warps_k - 1) / Tile::warps_k : 0;
-    const int tiles = args.rounds - (first_tile + (args.rounds - 1) * clusters < args.slabs_n ? 0 : 1);
+    const int tiles = args.rounds - (first_tile + (args.rounds - 1) * clusters < args.tiles_n ? 0 : 1);
     const u64 policy = policy_evict_first();
 
     auto copy_weights = [&](int slot, const Walk& at) {
-        const u8* source = args.weight + (static_cast<i64>(at.tile) * args.slabs_k + at.slab) * Packed::slab_bytes;
+        constexpr int per_slab = 2 / Config::halves;  // tiles
+        const u8* source = args.weight + (static_cast<i64>(at.tile / per_slab) * args.slabs_k + at.slab) * Packed::slab_bytes +
+                           at.tile % per_slab * Packed::half_bytes;
         if (at.left > 0 && elect_lane()) {
-            barrier_expect(barriers + 8 * slot, Packed::slab_bytes);
-            copy_bulk(ring + slot * Place::bytes, source, Packed::slab_bytes, barriers + 8 * slot, policy);
+            barrier_expect(barriers + 8 * slot, Place::weight_bytes);
+            copy_bulk(ring + slot * Place::bytes, source, Place::weight_bytes, barriers + 8 * slot, policy);
         }
     };
     const TokenCopies<Place> tokens(args);

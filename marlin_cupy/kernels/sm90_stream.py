@@ -34,7 +34,7 @@ class Config(Block):
     """The shape of a block.
 
     ``warps_k`` warps each keep ``slots`` slabs, with the x that belongs to them, under way; ``cluster`` blocks share
-    the K of a tile of 64 outputs and ``token_tiles`` x 8 tokens; ``blocks_per_sm`` of them are resident.
+    the K of a tile of ``halves`` x 32 outputs and ``token_tiles`` x 8 tokens; ``blocks_per_sm`` of them are resident.
     """
 
     token_tiles: int
@@ -42,6 +42,12 @@ class Config(Block):
     slots: int
     cluster: int
     blocks_per_sm: int
+    halves: int = 2
+
+    @property
+    def rows(self) -> int:
+        """Output columns (N) of a tile."""
+        return SLAB_N // 2 * self.halves
 
     @property
     def threads(self) -> int:
@@ -55,9 +61,9 @@ class Config(Block):
 
     def shared_bytes(self, layout: Layout) -> int:
         """Dynamic shared memory of a block; the kernel asserts the same number."""
-        slot = 2 * layout.half_bytes + self.tokens * SLAB_K * 2 + 8
-        exchange = self.warps_k * 8 * (SLAB_N + 4) * 4
-        shares = 2 * self.tokens * SLAB_N * 4 if self.cluster > 1 else 0
+        slot = self.halves * layout.half_bytes + self.tokens * SLAB_K * 2 + 8
+        exchange = self.warps_k * 8 * (self.rows + 4) * 4
+        shares = 2 * self.tokens * self.rows * 4 if self.cluster > 1 else 0
         return layout.format.table_bytes + self.warps_k * self.slots * slot + exchange + shares
 
     def most_shared_bytes(self, gpu: Gpu) -> int:
@@ -65,7 +71,8 @@ class Config(Block):
         return shared_budget(gpu, self.blocks_per_sm) // 128 * 128
 
     def __str__(self) -> str:
-        return f"{self.warps_k} warps with {self.slots} slabs under way each, clusters of {self.cluster} along K"
+        slabs = "slabs" if self.halves == 2 else "half slabs"
+        return f"{self.warps_k} warps with {self.slots} {slabs} under way each, clusters of {self.cluster} along K"
 
 
 @dataclass(frozen=True)
@@ -105,14 +112,19 @@ COSTS = {
     8: Costs(launch=2.11, warp=0.055, slab=0.304, crowd=0.0608, tile=0.53, exchange=0.89),
     16: Costs(launch=1.87, warp=0.02, slab=0.219, crowd=0.1386, tile=0.5, exchange=1.04),
 }
-#: Per (largest M, cluster, blocks per SM): the (warps_k, slots) that are offered, so far as they fit.
+#: What a half slab takes of the time of a slab.
+_HALF = 0.6
+#: Per (largest M, cluster, blocks per SM, halves): the (warps_k, slots) that are offered, so far as they fit.
 _SHAPES = {
-    (8, 1, 1): ((12, 2), (8, 3), (8, 2), (4, 3), (4, 2)),
-    (8, 1, 2): ((6, 2), (4, 3), (4, 2), (2, 3), (2, 2)),
-    (8, 2, 1): ((8, 3), (8, 2), (4, 3), (4, 2)),
-    (16, 1, 1): ((12, 2), (8, 3), (8, 2), (4, 3), (4, 2)),
-    (16, 1, 2): ((6, 2), (4, 3), (4, 2), (2, 3), (2, 2)),
-    (16, 2, 1): ((8, 3), (8, 2), (4, 3), (4, 2)),
+    (8, 1, 1, 2): ((12, 2), (8, 3), (8, 2), (4, 3), (4, 2)),
+    (8, 1, 2, 2): ((6, 2), (4, 3), (4, 2), (2, 3), (2, 2)),
+    (8, 2, 1, 2): ((8, 3), (8, 2), (4, 3), (4, 2)),
+    (16, 1, 1, 2): ((12, 2), (8, 3), (8, 2), (4, 3), (4, 2)),
+    (16, 1, 2, 2): ((6, 2), (4, 3), (4, 2), (2, 3), (2, 2)),
+    (16, 2, 1, 2): ((8, 3), (8, 2), (4, 3), (4, 2)),
+    (8, 1, 1, 1): ((12, 3), (8, 4), (8, 3)),
+    (8, 1, 2, 1): ((8, 3), (6, 3), (4, 3)),
+    (8, 2, 1, 1): ((12, 3), (8, 4), (8, 3)),
 }
 #: How many of them: those that fit and come first.
 _SHAPES_OFFERED = 3
@@ -125,9 +137,9 @@ def _largest_m(m: int) -> int:
 def configs(m: int, layout: Layout, gpu: Gpu) -> list[Config]:
     """The configurations for M rows that fit on ``gpu``."""
     found = []
-    for (largest_m, cluster, blocks), shapes in _SHAPES.items():
+    for (largest_m, cluster, blocks, halves), shapes in _SHAPES.items():
         if largest_m == _largest_m(m):
-            all_shapes = [Config(largest_m // 8, warps_k, slots, cluster, blocks) for warps_k, slots in shapes]
+            all_shapes = [Config(largest_m // 8, warps_k, slots, cluster, blocks, halves) for warps_k, slots in shapes]
             found += [each for each in all_shapes if each.shared_bytes(layout) <= shared_budget(gpu, blocks)][
                 :_SHAPES_OFFERED
             ]
@@ -153,9 +165,14 @@ class Streams(CudaConfiguration):
         return f"{self.config}; {self.clusters * self.config.cluster} blocks, {exchange}; dependent launch"
 
 
+def tiles(config: Config, layout: Layout) -> int:
+    """Tiles of a launch."""
+    return layout.packed_shape[0] * 2 // config.halves
+
+
 def rounds(config: Config, layout: Layout, gpu: Gpu) -> int:
     """Tiles that the busiest cluster computes one after the other."""
-    return -(-layout.packed_shape[0] // (gpu.sm_count * config.blocks_per_sm // config.cluster))
+    return -(-tiles(config, layout) // (gpu.sm_count * config.blocks_per_sm // config.cluster))
 
 
 def predicted_us(config: Config, layout: Layout, gpu: Gpu) -> float:
@@ -168,6 +185,8 @@ def predicted_us(config: Config, layout: Layout, gpu: Gpu) -> float:
     costs = COSTS[config.tokens]
     slabs = math.ceil(slabs_k / (config.cluster * config.warps_k))
     slab = (costs.slab + costs.crowd * config.warps_k * config.blocks_per_sm) * decode_factor(layout)
+    if config.halves == 1:
+        slab *= _HALF
     tile = slabs * slab + costs.tile + (costs.exchange if config.cluster > 1 else 0.0)
     launch_us = costs.launch + costs.warp * config.warps_k * config.blocks_per_sm
     return launch_us + max(rounds(config, layout, gpu) * tile, read_us(slabs_n * slabs_k * slab_bytes, gpu))
@@ -194,7 +213,7 @@ class StreamPlan(CudaPlan[Streams]):
         """Launch."""
         config, clusters = self.configuration.config, self.configuration.clusters
         K, N = w.shape
-        slabs_n, slabs_k, _ = w.layout.packed_shape
+        all_tiles = tiles(config, w.layout)
         _ARGS.pack_into(
             _ARGUMENTS.data,
             0,
@@ -207,9 +226,9 @@ class StreamPlan(CudaPlan[Streams]):
             x.number,
             N,
             K,
-            slabs_n,
-            slabs_k,
-            -(-slabs_n // clusters),
+            all_tiles,
+            w.layout.packed_shape[1],
+            -(-all_tiles // clusters),
             x.start_at(16),
             y.start_at(8),
             dependent,
@@ -251,7 +270,7 @@ class Sm90Stream(CudaKernel):
         layout, gpu = problem.spec.layout, problem.gpu
         found = []
         for config in configs(problem.M, layout, gpu):
-            clusters = -(-layout.packed_shape[0] // rounds(config, layout, gpu))
+            clusters = -(-tiles(config, layout) // rounds(config, layout, gpu))
             found.append(Candidate(self.name, Streams(config, clusters), predicted_us(config, layout, gpu)))
         return found
 
