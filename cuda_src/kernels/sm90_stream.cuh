@@ -165,25 +165,24 @@ extern "C" __global__ void __cluster_dims__(Config::cluster) __launch_bounds__(T
     __syncwarp();
     // Weights do not wait for the kernel ahead, x does. Where none is ahead, a slot's x goes right behind its weights:
     // behind those of all slots it would arrive after them. So do most slots where x is as large as the weights.
-    constexpr int early = Tile::token_tiles == 1 ? Config::slots : 1;
     Walk next = {first_tile, k_begin, tiles * per_tile};
-    if (args.dependent) {
-        Walk ahead = next;
+    const int early = args.dependent ? (Tile::token_tiles == 1 ? Config::slots : 1) : 0;
+    Walk ahead = next;
 #pragma unroll 1
-        for (int slot = 0; slot < early; ++slot) {
-            copy_weights(slot, ahead);
-            ahead.advance(k_begin, k_end, clusters);
-        }
+    for (int slot = 0; slot < early; ++slot) {
+        copy_weights(slot, ahead);
+        ahead.advance(k_begin, k_end, clusters);
     }
-    Decoder::fill_table(table, threadIdx.x, Tile::threads);
-    if (Decoder::table_bytes) __syncthreads();
+    if (args.dependent) Decoder::fill_table(table, threadIdx.x, Tile::threads);
     wait_for_previous_kernel();
 #pragma unroll 1
     for (int slot = 0; slot < Config::slots; ++slot) {
-        if (!args.dependent || slot >= early) copy_weights(slot, next);
+        if (slot >= early) copy_weights(slot, next);
         copy_x(slot, next);
         next.advance(k_begin, k_end, clusters);
     }
+    if (!args.dependent) Decoder::fill_table(table, threadIdx.x, Tile::threads);
+    if (Decoder::table_bytes) __syncthreads();
 
     WarpTile<Tile, Packed, Decoder, Activation, Scale, GRANULE> work;
     int slot = 0;
