@@ -188,7 +188,7 @@ def test_the_streaming_kernel_gives_every_tile_to_a_cluster_that_is_resident() -
                     assert config.tokens >= m
                     assert config.shared_bytes(layout) <= H200.shared_per_block
                     assert config.blocks_per_sm * (config.shared_bytes(layout) + 1024) <= H200.shared_per_sm
-                    assert 1 <= clusters <= layout.packed_shape[0]
+                    assert 1 <= clusters <= sm90_stream.tiles(config, layout)
                     assert clusters * config.cluster <= H200.sm_count * config.blocks_per_sm
 
 

@@ -149,17 +149,18 @@ def test_sm80_gemm_is_told_where_everything_is(monkeypatch: pytest.MonkeyPatch, 
 @pytest.mark.parametrize(("M", "N"), [(1, 4096), (8, 700), (13, 57344)])
 def test_sm90_stream_is_told_where_everything_is(monkeypatch: pytest.MonkeyPatch, M: int, N: int, number: int) -> None:
     given = Launches(monkeypatch, sm90_stream.KERNEL, M, N, number)
-    config, clusters, slabs_n = given.configuration.config, given.configuration.clusters, -(-N // 64)
+    config, clusters = given.configuration.config, given.configuration.clusters
+    tiles = -(-N // 64) * 2 // config.halves
     assert given.multiply_twice().shape == (M, N)
     asked = sm90_stream.dependent_shared_bytes(config, given.w.layout, H200)
     for second, (kind, stream, blocks, threads, raw, shared) in enumerate(given.log):
         assert (kind, shared) == (("plain", 0) if second else ("dependent", asked))
         assert (stream, blocks, threads) == (STREAM, clusters * config.cluster, config.threads)
-        assert struct.unpack("=4Q2q9i4x", raw) == (
-            *(WEIGHT, 1024, 6 if second else 0, 4098 if second else ALLOCATED),
-            *(K + 8 if second else K, N + 1 if second else N),
-            *(M, N, K, slabs_n, K // SLAB_K, -(-slabs_n // clusters)),
-            *(True, not second and (N % 4 == 0 or M == 1), not second),
+        assert struct.unpack_from("=5q", raw) == (1024, M, K, M, 64)
+        assert struct.unpack_from("=3Qq7i", raw, 128) == (
+            *(WEIGHT, 6 if second else 0, 4098 if second else ALLOCATED),
+            *(N + 1 if second else N, M, N, tiles, K // SLAB_K, -(-tiles // clusters)),
+            *(not second and (N % 4 == 0 or M == 1), not second),
         )
 
 
@@ -198,17 +199,20 @@ def test_what_is_loaded_is_what_is_compiled_ahead(monkeypatch: pytest.MonkeyPatc
         assert str(given.plan) == str(given.configuration)
 
 
-def test_x_that_the_copy_engine_cannot_read_goes_to_the_portable_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
-    given = Launches(monkeypatch, sm90_wgmma.KERNEL, 64)
+@pytest.mark.parametrize(("kernel", "M"), [(sm90_stream.KERNEL, 16), (sm90_wgmma.KERNEL, 64)])
+def test_x_that_the_copy_engine_cannot_read_goes_to_the_portable_kernel(
+    monkeypatch: pytest.MonkeyPatch, kernel: CudaKernel, M: int
+) -> None:
+    given = Launches(monkeypatch, kernel, M)
     places = ((1026, K), (1032, K), (1024, K + 1), (1024, K + 4), (1024, K - 8), (1024, 0), (1024, -K))
     for pointer, stride in places:
-        assert given.multiply(pointer, stride).shape == (64, 4096)
+        assert given.multiply(pointer, stride).shape == (M, 4096)
         kind, *_, raw, _ = given.log.pop()
         assert kind == "plain"
         assert struct.unpack("=7Q2q9i4x", raw)[2] == pointer
-        assert struct.unpack("=7Q2q9i4x", raw)[7:10] == (stride, 4096, 64)
+        assert struct.unpack("=7Q2q9i4x", raw)[7:10] == (stride, 4096, M)
     first, *others = given.loaded
-    assert first[0].startswith("sm90_wgmma")
+    assert first[0].startswith(kernel.name)
     assert [other[0] for other in others] == ["sm80_gemm-int4-g128-float16"]  # when it was needed, and once
     strict = Launches(monkeypatch, sm90_wgmma.KERNEL, 64, batch_invariant=True)
     for pointer, stride in places:

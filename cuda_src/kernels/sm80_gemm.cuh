@@ -71,7 +71,7 @@ extern "C" __global__ void __launch_bounds__(Tile::threads, Config::blocks_per_s
     const int row_atom = warp % Tile::warps_n * Tile::row_atoms;
     const int token = warp / Tile::warps_n % Tile::warps_m * 8 * Tile::token_tiles;
     const int k_atom = warp / (Tile::warps_n * Tile::warps_m) * Tile::k_atoms;
-    WarpTile<Tile, Packed, Decoder, Activation, Scale, GRANULE> work;
+    WarpTile<Tile, Ring, Packed, Decoder, Activation, Scale, GRANULE> work;
     work.clear();
 
     int tile = static_cast<int>(begin / steps), step = static_cast<int>(begin % steps);
@@ -83,7 +83,7 @@ extern "C" __global__ void __launch_bounds__(Tile::threads, Config::blocks_per_s
     for (; left > 0; --left) {
         copy_wait<Tile::stages - 2>();
         __syncthreads();
-        work.step(now, table, row_atom, token, k_atom, [&] { feed.next(refill); });
+        work.step(now, now, table, row_atom, token, k_atom, [&] { feed.next(refill); });
         refill = now;
         now = now + Ring::bytes == ring + ring_bytes ? ring : now + Ring::bytes;
 

@@ -30,20 +30,19 @@
 #include "ptx/bulk_copy.cuh"
 #include "ptx/cluster.cuh"
 #include "ptx/dependent_launch.cuh"
+#include "ptx/tensor_copy.cuh"
 #include "ptx/warpgroup.cuh"
 
 struct Args {
+    TensorMap x;      // boxes of 64 K x M
     const u8* weight;
-    const u16* x;
     const u16* bias;  // or null
     u16* y;
-    i64 x_stride;     // elements between tokens
-    i64 y_stride;
-    int M, N, K;
+    i64 y_stride;     // elements between tokens
+    int M, N;
     int tiles_n, slabs_k;
     int rounds;       // tiles of the busiest cluster
-    int x_vector;     // token rows start at multiples of 16 bytes
-    int y_vector;     // of 8 bytes
+    int y_vector;     // token rows of y start at multiples of 8 bytes
     int dependent;    // a kernel ahead may still run
 };
 
@@ -54,8 +53,22 @@ struct Tile : Config {
     static constexpr int warps_n = 1, warps_m = 1;
     static constexpr int threads = WARP * Config::warps_k;
     static constexpr int tokens = 8 * Config::token_tiles;
-    static constexpr int k = SLAB_K;
     static constexpr bool scale_weights = false, sums_of_x = true;
+};
+
+using Decoder = Codec<Activation, Scale>;
+using Packed = Layout<Decoder, GRANULE>;
+
+// A slot: a slab or half a slab, and x, which has memory of its own for the alignment of its swizzle.
+struct Place {
+    static constexpr int weight_bytes = Tile::halves * Packed::half_bytes;
+    static constexpr int x_half = Tile::tokens * 128;  // 64 K
+    static constexpr int x_bytes = 2 * x_half;
+
+    static __device__ constexpr int half(int half_row, int) { return half_row * Packed::half_bytes; }
+    static __device__ constexpr int token_chunk(int token, int chunk) {
+        return chunk / 8 * x_half + token * 128 + 16 * (chunk % 8 ^ token % 8);
+    }
 };
 
 // Where a warp is on its way through its slabs: a share of K of one tile, then the same of the next tile.
@@ -69,71 +82,26 @@ struct Walk {
     }
 };
 
-// The x of a slab, by one warp: half a warp copies a token, a lane 8 K of every other one.
-template <class Place>
-struct TokenCopies {
-    static constexpr int passes = Tile::tokens / 2;
-    const Args& args;
-    const int first = threadIdx.x % WARP / 16, within = threadIdx.x % 16;
-    const int mine = (args.M - first + 1) / 2;                          // tokens of this lane
-    const u16* const source = args.x + first * args.x_stride + 8 * within;
-    const i64 step = 2 * args.x_stride;
-    u32 place[passes];
-
-    __device__ TokenCopies(const Args& args) : args(args) {
-#pragma unroll
-        for (int i = 0; i < passes; ++i) {
-            place[i] = Place::token_chunk(first + 2 * i, within);
-            pin(place[i]);
-        }
-    }
-
-    __device__ void copy(u32 stage, int slab) const {
-        const u16* const from = source + slab * SLAB_K;
-        if (args.x_vector && (slab + 1) * SLAB_K <= args.K) {
-#pragma unroll
-            for (int i = 0; i < passes; ++i)
-                if (i < mine) copy_async(stage + place[i], from + i * step, 16);
-            return;
-        }
-        const int left = args.K - slab * SLAB_K - 8 * within;
-#pragma unroll 1
-        for (int i = 0; i < mine; ++i) {
-            const u16* const row = from + i * step;
-            Vec4 v;
-#pragma unroll
-            for (int j = 0; j < 4; ++j) {
-                const u32 low = 2 * j < left ? row[2 * j] : 0, high = 2 * j + 1 < left ? row[2 * j + 1] : 0;
-                v.word[j] = low | high << 16;
-            }
-            store_shared_vec4(stage + Place::token_chunk(first + 2 * i, within), v);
-        }
-    }
-};
-
 extern "C" __global__ void __cluster_dims__(Config::cluster) __launch_bounds__(Tile::threads, Config::blocks_per_sm)
     gemm(const __grid_constant__ Args args) {
-    using Decoder = Codec<Activation, Scale>;
-    using Packed = Layout<Decoder, GRANULE>;
     using Output = Epilogue<Tile, Activation>;
-    using Place = Stage<Tile, Packed>;
-    constexpr int ring_bytes = Tile::warps_k * Config::slots * Place::bytes;
-    constexpr int barrier_bytes = Tile::warps_k * Config::slots * 8;
+    constexpr int all_slots = Tile::warps_k * Config::slots;
     constexpr int share_bytes = Config::cluster > 1 ? 2 * Tile::tokens * Tile::rows * 4 : 0;
-    constexpr int bytes = Decoder::table_bytes + ring_bytes + barrier_bytes + Output::bytes + share_bytes;
-    static_assert(bytes == SHARED_BYTES, "the host twin reserves this much");
+    constexpr int slots_bytes = all_slots * (Place::x_bytes + Place::weight_bytes + 8);
+    static_assert(Decoder::table_bytes + slots_bytes + Output::bytes + share_bytes == SHARED_BYTES, "the host twin reserves this much");
 
     allow_next_kernel();
-    extern __shared__ __align__(128) u8 shared[];
-    const u32 table = shared_address(shared);
+    extern __shared__ __align__(1024) u8 shared[];
     const int warp = threadIdx.x / WARP, lane = threadIdx.x % WARP;
-    u32 ring = table + Decoder::table_bytes + warp * Config::slots * Place::bytes;
-    u32 barriers = table + Decoder::table_bytes + ring_bytes + warp * Config::slots * 8;
+    u32 x_ring = shared_address(shared) + warp * Config::slots * Place::x_bytes;
+    const u32 table = shared_address(shared) + all_slots * Place::x_bytes;
+    u32 ring = table + Decoder::table_bytes + warp * Config::slots * Place::weight_bytes;
+    u32 barriers = table + Decoder::table_bytes + all_slots * Place::weight_bytes + warp * Config::slots * 8;
+    pin(x_ring);
     pin(ring);
     pin(barriers);
-    u8* const after = shared + Decoder::table_bytes + ring_bytes + barrier_bytes;
-    float* const exchange = reinterpret_cast<float*>(after);
-    float* const shares = reinterpret_cast<float*>(after + Output::bytes);
+    float* const exchange = reinterpret_cast<float*>(shared + Decoder::table_bytes + slots_bytes);
+    float* const shares = exchange + Output::bytes / 4;
 
     // This warp's slabs: for each tile of this cluster, every warps_k-th slab of this rank's share of K.
     const int rank = static_cast<int>(cluster_rank());
@@ -142,23 +110,29 @@ extern "C" __global__ void __cluster_dims__(Config::cluster) __launch_bounds__(T
     const int k_end = args.slabs_k * (rank + 1) / Config::cluster;
     const int per_tile = k_begin < k_end ? (k_end - k_begin + Tile::warps_k - 1) / Tile::warps_k : 0;
     const int tiles = args.rounds - (first_tile + (args.rounds - 1) * clusters < args.tiles_n ? 0 : 1);
+    const int x_bytes = args.M * SLAB_K * 2;  // tokens beyond M are not copied: a token's products depend on no other
     const u64 policy = policy_evict_first();
 
     auto copy_weights = [&](int slot, const Walk& at) {
         constexpr int per_slab = 2 / Config::halves;  // tiles
         const u8* source = args.weight + (static_cast<i64>(at.tile / per_slab) * args.slabs_k + at.slab) * Packed::slab_bytes +
                            at.tile % per_slab * Packed::half_bytes;
+        copy_bulk(ring + slot * Place::weight_bytes, source, Place::weight_bytes, barriers + 8 * slot, policy);
+    };
+    auto copy_x = [&](int slot, const Walk& at) {
+        const u32 x = x_ring + slot * Place::x_bytes;
+        copy_box(x, &args.x, at.slab * SLAB_K, 0, barriers + 8 * slot);
+        copy_box(x + Place::x_half, &args.x, at.slab * SLAB_K + 64, 0, barriers + 8 * slot);
+    };
+    auto copy = [&](int slot, const Walk& at) {
         if (at.left > 0 && elect_lane()) {
-            barrier_expect(barriers + 8 * slot, Place::weight_bytes);
-            copy_bulk(ring + slot * Place::bytes, source, Place::weight_bytes, barriers + 8 * slot, policy);
+            barrier_expect(barriers + 8 * slot, Place::weight_bytes + x_bytes);
+            copy_weights(slot, at);
+            copy_x(slot, at);
         }
     };
-    const TokenCopies<Place> tokens(args);
-    auto copy_x = [&](int slot, const Walk& at) {
-        if (at.left > 0) tokens.copy(ring + slot * Place::bytes, at.slab);
-        copy_commit();  // a group for each slot, also an empty one: copy_wait counts groups
-    };
     if (lane == 0) {
+        prefetch_map(&args.x);
         for (int slot = 0; slot < Config::slots; ++slot) barrier_init(barriers + 8 * slot, 1);
         barrier_init_fence();
     }
@@ -167,37 +141,45 @@ extern "C" __global__ void __cluster_dims__(Config::cluster) __launch_bounds__(T
     // behind those of all slots it would arrive after them. So do most slots where x is as large as the weights.
     Walk next = {first_tile, k_begin, tiles * per_tile};
     const int early = args.dependent ? (Tile::token_tiles == 1 ? Config::slots : 1) : 0;
-    Walk ahead = next;
+    if (args.dependent) {
+        Walk ahead = next;
 #pragma unroll 1
-    for (int slot = 0; slot < early; ++slot) {
-        copy_weights(slot, ahead);
-        ahead.advance(k_begin, k_end, clusters);
+        for (int slot = 0; slot < early; ++slot) {
+            if (ahead.left > 0 && elect_lane()) {
+                barrier_expect_more(barriers + 8 * slot, Place::weight_bytes);
+                copy_weights(slot, ahead);
+            }
+            ahead.advance(k_begin, k_end, clusters);
+        }
+        Decoder::fill_table(table, threadIdx.x, Tile::threads);
+        wait_for_previous_kernel();
+#pragma unroll 1
+        for (int slot = 0; slot < early; ++slot) {
+            if (next.left > 0 && elect_lane()) {
+                barrier_expect(barriers + 8 * slot, x_bytes);
+                copy_x(slot, next);
+            }
+            next.advance(k_begin, k_end, clusters);
+        }
     }
-    if (args.dependent) Decoder::fill_table(table, threadIdx.x, Tile::threads);
-    wait_for_previous_kernel();
 #pragma unroll 1
-    for (int slot = 0; slot < Config::slots; ++slot) {
-        if (slot >= early) copy_weights(slot, next);
-        copy_x(slot, next);
+    for (int slot = early; slot < Config::slots; ++slot) {
+        copy(slot, next);
         next.advance(k_begin, k_end, clusters);
     }
     if (!args.dependent) Decoder::fill_table(table, threadIdx.x, Tile::threads);
     if (Decoder::table_bytes) __syncthreads();
 
-    WarpTile<Tile, Packed, Decoder, Activation, Scale, GRANULE> work;
+    WarpTile<Tile, Place, Packed, Decoder, Activation, Scale, GRANULE> work;
     int slot = 0;
     u32 parity = 0;
     for (int t = 0; t < tiles; ++t) {
         work.clear();
         for (int i = 0; i < per_tile; ++i) {
-            copy_wait<Config::slots - 1>();
-            __syncwarp();
             barrier_wait(barriers + 8 * slot, parity);
-            const u32 stage = ring + slot * Place::bytes;
-            work.step(stage, table, 0, 0, 0, [] {});
+            work.step(ring + slot * Place::weight_bytes, x_ring + slot * Place::x_bytes, table, 0, 0, 0, [] {});
             __syncwarp();
-            copy_weights(slot, next);
-            copy_x(slot, next);
+            copy(slot, next);
             next.advance(k_begin, k_end, clusters);
             if (++slot == Config::slots) slot = 0, parity ^= 1;
         }

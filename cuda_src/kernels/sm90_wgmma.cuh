@@ -164,7 +164,7 @@ __device__ inline void produce_x(const Args& args, u32 shared) {
 
 // What a consumer warpgroup does, and its accumulators.
 struct Consumer {
-    static constexpr int atoms = Config::atoms;                        // decoded together
+    static constexpr int atoms = Tile::tokens < 192 ? 2 : 1;           // of 16 K, decoded together: so many as fit in registers
     static constexpr int groups = SLAB_K / (16 * atoms);               // of wgmma in a slab
     static constexpr int sets = 2;                                     // of A registers: one in use by wgmma, one in the making
 

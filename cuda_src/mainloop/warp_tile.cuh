@@ -20,11 +20,13 @@ struct Either<false, A, B> {
     using Type = B;
 };
 
-template <class Tile, class Layout, class Codec, class T, class S, int granule>
+// Place says where weights and x lie in what step() is given.
+template <class Tile, class Place, class Layout, class Codec, class T, class S, int granule>
 struct WarpTile {
     static constexpr int row_atoms = Tile::row_atoms;
     static constexpr int token_tiles = Tile::token_tiles;
-    using Place = Stage<Tile, Layout>;
+    static constexpr int granule_atoms = granule / 16;
+    static_assert(token_tiles == 1 || token_tiles % 2 == 0, "ldmatrix brings two");
 
     using Scaled = typename Codec::Scaled;
     // At granules of 16 the end of a granule costs more than decoding saves.
@@ -67,10 +69,10 @@ struct WarpTile {
     // `row_atom`, `token`, `k_atom`: where this warp's share starts in the tile. `meanwhile` is called once while the
     // first products are under way.
     template <class Meanwhile>
-    __device__ void step(u32 stage, u32 table, int row_atom, int token, int k_atom, Meanwhile meanwhile) {
-        constexpr int granule_atoms = granule / 16;
+    __device__ void step(u32 weights, u32 x, u32 table, int row_atom, int token, int k_atom, Meanwhile meanwhile) {
         const int lane = threadIdx.x % WARP;
         float partial[row_atoms][token_tiles][4], sums_of_x[token_tiles][4];
+        u32 b[token_tiles == 1 ? 2 : token_tiles][2];
         typename Codec::Group group[row_atoms];
         Scaled scaled[row_atoms];
         Vec4 codes[row_atoms];
@@ -85,43 +87,43 @@ struct WarpTile {
             if (a % Layout::atoms_per_block == 0) {
 #pragma unroll
                 for (int r = 0; r < row_atoms; ++r)
-                    codes[r] = load_shared_vec4(half_of(stage, row_atom + r, atom) + 16 * lane +
+                    codes[r] = load_shared_vec4(half_of(weights, row_atom + r, atom) + 16 * lane +
                                                 Layout::block(in_slab / Layout::atoms_per_block, (row_atom + r) % 2));
             }
             if (opens) {
 #pragma unroll
                 for (int r = 0; r < row_atoms; ++r) {
-                    group[r] = Codec::group([&](int i) { return param(stage, i, row_atom + r, atom, lane); });
+                    group[r] = Codec::group([&](int i) { return param(weights, i, row_atom + r, atom, lane); });
                     if (Tile::scale_weights) {
-                        const u32 pair = param(stage, 0, row_atom + r, atom, lane);
+                        const u32 pair = param(weights, 0, row_atom + r, atom, lane);
                         scaled[r] = Scaled(group[r], S::to_float(pair & 0xFFFFu) * factor[r][0],
                                            S::to_float(pair >> 16) * factor[r][1]);
                     }
                 }
             }
 
-            u32 b[token_tiles][2];
-            load_tokens(b, stage, token, atom, lane);
+            if (token_tiles > 1 || a % 2 == 0) load_tokens(b, x, token, atom, lane);
+            const int lone = token_tiles == 1 ? a % 2 : 0;
             if (Products::needs_sums_of_x) {
                 const u32 ones[4] = {Products::one, Products::one, Products::one, Products::one};
 #pragma unroll
                 for (int t = 0; t < token_tiles; ++t) {
                     if (opens) clear(sums_of_x[t]);
-                    mma<T>(sums_of_x[t], ones, b[t][0], b[t][1]);
+                    mma<T>(sums_of_x[t], ones, b[t + lone][0], b[t + lone][1]);
                 }
             }
 #pragma unroll
             for (int r = 0; r < row_atoms; ++r) {
-                u32 weights[4];
+                u32 decoded[4];
                 const u32* const words = &codes[r].word[(a % Layout::atoms_per_block) * Layout::words];
                 if (Tile::scale_weights)
-                    scaled[r].decode(weights, words, table);
+                    scaled[r].decode(decoded, words, table);
                 else
-                    Products::decode(weights, words, group[r], table);
+                    Products::decode(decoded, words, group[r], table);
 #pragma unroll
                 for (int t = 0; t < token_tiles; ++t) {
                     if (opens && !Tile::scale_weights) clear(partial[r][t]);
-                    mma<T>(Tile::scale_weights ? sums[r][t] : partial[r][t], weights, b[t][0], b[t][1]);
+                    mma<T>(Tile::scale_weights ? sums[r][t] : partial[r][t], decoded, b[t + lone][0], b[t + lone][1]);
                 }
             }
 
@@ -129,7 +131,7 @@ struct WarpTile {
             if (closes && !Tile::scale_weights) {
 #pragma unroll
                 for (int r = 0; r < row_atoms; ++r) {
-                    const u32 pair = param(stage, 0, row_atom + r, atom, lane);
+                    const u32 pair = param(weights, 0, row_atom + r, atom, lane);
                     const float scale[2] = {S::to_float(pair & 0xFFFFu), S::to_float(pair >> 16)};  // rows g, g + 8
 #pragma unroll
                     for (int t = 0; t < token_tiles; ++t)
@@ -145,29 +147,27 @@ private:
         for (int i = 0; i < 4; ++i) values[i] = 0.0f;
     }
 
-    static __device__ u32 half_of(u32 stage, int row_atom, int atom) {
-        return stage + Place::half(row_atom / 2, atom / (SLAB_K / 16));
+    static __device__ u32 half_of(u32 weights, int row_atom, int atom) {
+        return weights + Place::half(row_atom / 2, atom / (SLAB_K / 16));
     }
 
-    static __device__ u32 param(u32 stage, int index, int row_atom, int atom, int lane) {
+    static __device__ u32 param(u32 weights, int index, int row_atom, int atom, int lane) {
         const int k_granule = atom % (SLAB_K / 16) * 16 / granule;
-        return load_shared(half_of(stage, row_atom, atom) + Layout::param(index, k_granule, row_atom % 2) + lane / 4 * 4);
+        return load_shared(half_of(weights, row_atom, atom) + Layout::param(index, k_granule, row_atom % 2) + lane / 4 * 4);
     }
 
-    // B fragments of one atom for all token tiles. One ldmatrix.x4 brings two token tiles.
-    static __device__ void load_tokens(u32 (&b)[token_tiles][2], u32 stage, int token, int atom, int lane) {
+    // B fragments: of an atom for all token tiles, one ldmatrix.x4 for two of them; of a lone tile for two atoms.
+    template <int count>
+    static __device__ void load_tokens(u32 (&b)[count][2], u32 x, int token, int atom, int lane) {
         const int matrix = lane / 8, row = lane % 8;
 #pragma unroll
-        for (int t = 0; t < token_tiles; t += 2) {
-            // A lone tile is loaded twice: the second half of the lanes must name valid rows.
-            const int tile = token_tiles == 1 ? 0 : t + matrix / 2;
-            const Vec4 v = load_matrix_x4(stage + Place::token_chunk(token + 8 * tile + row, 2 * atom + matrix % 2));
+        for (int t = 0; t < count; t += 2) {
+            const int tile = token_tiles == 1 ? 0 : t + matrix / 2, chunk = 2 * atom + (token_tiles == 1 ? matrix : matrix % 2);
+            const Vec4 v = load_matrix_x4(x + Place::token_chunk(token + 8 * tile + row, chunk));
             b[t][0] = v.word[0];
             b[t][1] = v.word[1];
-            if (token_tiles > 1) {
-                b[t + 1 < token_tiles ? t + 1 : t][0] = v.word[2];
-                b[t + 1 < token_tiles ? t + 1 : t][1] = v.word[3];
-            }
+            b[t + 1][0] = v.word[2];
+            b[t + 1][1] = v.word[3];
         }
     }
 };

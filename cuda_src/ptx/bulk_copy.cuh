@@ -29,6 +29,11 @@ __device__ inline void barrier_expect(u32 barrier, int bytes) {
     asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(barrier), "r"(bytes) : "memory");
 }
 
+// The same without arriving.
+__device__ inline void barrier_expect_more(u32 barrier, int bytes) {
+    asm volatile("mbarrier.expect_tx.relaxed.cta.shared::cta.b64 [%0], %1;" ::"r"(barrier), "r"(bytes) : "memory");
+}
+
 // A predicate, not a branch: between wgmma that are under way, a branch makes the compiler wait for them.
 __device__ inline void barrier_arrive_if(bool condition, u32 barrier) {
     asm volatile(

@@ -20,6 +20,8 @@ from marlin_cupy.tensor import Spec
 _FLOOR_SHARE, _FLOOR_LAUNCH_US = 0.942, 1.53
 #: The part that a kernel with loads reaches, in examples/results/h200_portable.json; what the kernels' costs go with.
 _READ_SHARE = 0.885
+#: How sharply the longest of times that overlap decides: the exponent of the norm that adds them up.
+_OVERLAP = 4.0
 #: How much longer an SM takes for a slab of a format than for one of int4, and where a granule is 32 or less than where
 #: it is 64 or 128, measured before sm90_wgmma. Formats that are not listed are taken to be like int4, and bfloat16 like
 #: float16. examples/results/h200_variants.json has as whole times at M = 1 by now: uint4 1.01 to 1.04, nf4 1.3 to 1.5,
@@ -31,6 +33,11 @@ _FINE_GRANULE, _FINE_DECODE = 32, 1.1
 def read_us(nbytes: int, gpu: Gpu) -> float:
     """Microseconds in which kernels are taken to read so much with all SMs of ``gpu``, without any launch."""
     return nbytes / (gpu.memory_gbs * _READ_SHARE * 1e3)
+
+
+def overlapped_us(*limits: float) -> float:
+    """The time of what goes on at once: about the longest, somewhat more where several are close."""
+    return float(sum(us**_OVERLAP for us in limits) ** (1 / _OVERLAP))
 
 
 def decode_factor(layout: Layout) -> float:

@@ -13,15 +13,17 @@ from marlin_cupy.device import Gpu
 from marlin_cupy.formats.scalars import HALF_DTYPES
 from marlin_cupy.frameworks import StreamFramework
 from marlin_cupy.jit import launch
-from marlin_cupy.kernels.costs import decode_factor, read_us
-from marlin_cupy.kernels.cuda import Block, CudaConfiguration, CudaKernel, CudaPlan, shared_budget
+from marlin_cupy.kernels import copy_engine
+from marlin_cupy.kernels.copy_engine import CopyEnginePlan
+from marlin_cupy.kernels.costs import decode_factor, overlapped_us, read_us
+from marlin_cupy.kernels.cuda import Block, CudaConfiguration, CudaKernel, shared_budget
 from marlin_cupy.kernels.operands import Rows
 from marlin_cupy.kernels.problem import Candidate, Problem
 from marlin_cupy.layout import SLAB_K, SLAB_N, Layout
 from marlin_cupy.tensor import QuantizedTensor, Spec
 
-#: struct Args of the twin: four pointers, two strides, nine ints.
-_ARGS = struct.Struct("=4Q2q9i4x")
+#: struct Args of the twin: a tensor map, three pointers, a stride, seven ints; its size is a multiple of 64.
+_ARGS = struct.Struct("=128s3Qq7i4x")
 _ARGUMENTS = launch.ArgumentBlock(_ARGS.size)
 _ARCH = "sm_90a"
 _MAX_M = 16
@@ -109,22 +111,23 @@ _BESIDE_BYTES = 15 << 20
 # 2 % at M = 16. Its time is predicted within 13 %, the large layers too low.
 #: By the largest M that they hold for.
 COSTS = {
-    8: Costs(launch=2.11, warp=0.055, slab=0.304, crowd=0.0608, tile=0.53, exchange=0.89),
-    16: Costs(launch=1.87, warp=0.02, slab=0.219, crowd=0.1386, tile=0.5, exchange=1.04),
+    8: Costs(launch=2.31, warp=0.029, slab=0.2155, crowd=0.0549, tile=0.34, exchange=1.09),
+    16: Costs(launch=2.03, warp=0.042, slab=0.244, crowd=0.1026, tile=0.43, exchange=0.86),
 }
-#: What a half slab takes of the time of a slab.
-_HALF = 0.6
+#: What half a slab takes of the time of a slab.
+_HALF = 0.59
 #: Per (largest M, cluster, blocks per SM, halves): the (warps_k, slots) that are offered, so far as they fit.
 _SHAPES = {
-    (8, 1, 1, 2): ((12, 2), (8, 3), (8, 2), (4, 3), (4, 2)),
-    (8, 1, 2, 2): ((6, 2), (4, 3), (4, 2), (2, 3), (2, 2)),
-    (8, 2, 1, 2): ((8, 3), (8, 2), (4, 3), (4, 2)),
-    (16, 1, 1, 2): ((12, 2), (8, 3), (8, 2), (4, 3), (4, 2)),
-    (16, 1, 2, 2): ((6, 2), (4, 3), (4, 2), (2, 3), (2, 2)),
-    (16, 2, 1, 2): ((8, 3), (8, 2), (4, 3), (4, 2)),
-    (8, 1, 1, 1): ((12, 3), (8, 4), (8, 3)),
-    (8, 1, 2, 1): ((8, 3), (6, 3), (4, 3)),
-    (8, 2, 1, 1): ((12, 3), (8, 4), (8, 3)),
+    (8, 1, 1, 2): ((8, 3), (8, 2), (12, 2), (4, 3), (4, 2)),
+    (8, 1, 2, 2): ((4, 2), (6, 2), (4, 3), (2, 3), (2, 2)),
+    (8, 2, 1, 2): ((8, 2), (8, 3), (4, 3), (4, 2)),
+    (8, 1, 1, 1): ((12, 3), (16, 2), (8, 3), (8, 2), (4, 2)),
+    (8, 2, 1, 1): ((8, 3), (8, 2)),
+    (16, 1, 1, 2): ((8, 2), (12, 2), (8, 3), (4, 3), (4, 2)),
+    (16, 1, 2, 2): ((4, 2), (6, 2), (4, 3), (2, 3), (2, 2)),
+    (16, 2, 1, 2): ((8, 2), (8, 3), (4, 3), (4, 2)),
+    (16, 1, 1, 1): ((12, 2), (8, 3), (16, 2), (8, 2), (4, 2)),
+    (16, 2, 1, 1): ((8, 3), (8, 2)),
 }
 #: How many of them: those that fit and come first.
 _SHAPES_OFFERED = 3
@@ -176,7 +179,7 @@ def rounds(config: Config, layout: Layout, gpu: Gpu) -> int:
 
 
 def predicted_us(config: Config, layout: Layout, gpu: Gpu) -> float:
-    """The memory's time or that of the busiest warp, whichever is longer, and a launch.
+    """The memory's time and that of the busiest warp, overlapped, and a launch.
 
     A warp waits for its copies, decodes and multiplies a slab at a time, so that its slabs make a chain; more warps on
     an SM hide more of each other's waiting than they take from each other.
@@ -189,7 +192,7 @@ def predicted_us(config: Config, layout: Layout, gpu: Gpu) -> float:
         slab *= _HALF
     tile = slabs * slab + costs.tile + (costs.exchange if config.cluster > 1 else 0.0)
     launch_us = costs.launch + costs.warp * config.warps_k * config.blocks_per_sm
-    return launch_us + max(rounds(config, layout, gpu) * tile, read_us(slabs_n * slabs_k * slab_bytes, gpu))
+    return launch_us + overlapped_us(rounds(config, layout, gpu) * tile, read_us(slabs_n * slabs_k * slab_bytes, gpu))
 
 
 def dependent_shared_bytes(config: Config, layout: Layout, gpu: Gpu) -> int:
@@ -198,7 +201,7 @@ def dependent_shared_bytes(config: Config, layout: Layout, gpu: Gpu) -> int:
     return config.most_shared_bytes(gpu) if alone else config.shared_bytes(layout)
 
 
-class StreamPlan(CudaPlan[Streams]):
+class StreamPlan(CopyEnginePlan[Streams]):
     """Plain and dependent launches."""
 
     @functools.cached_property
@@ -207,29 +210,25 @@ class StreamPlan(CudaPlan[Streams]):
         assert self.problem.gpu is not None
         return dependent_shared_bytes(self.configuration.config, self.problem.spec.layout, self.problem.gpu)
 
-    def enqueue(
+    def launch(
         self, framework: StreamFramework, x: Rows, w: QuantizedTensor, bias: int, y: Rows, dependent: bool
     ) -> None:
         """Launch."""
         config, clusters = self.configuration.config, self.configuration.clusters
-        K, N = w.shape
         all_tiles = tiles(config, w.layout)
         _ARGS.pack_into(
             _ARGUMENTS.data,
             0,
+            copy_engine.map_of(self.problem, x, x.number),
             w.pointer,
-            x.pointer,
             bias,
             y.pointer,
-            x.stride,
             y.stride,
             x.number,
-            N,
-            K,
+            w.shape[1],
             all_tiles,
             w.layout.packed_shape[1],
             -(-all_tiles // clusters),
-            x.start_at(16),
             y.start_at(8),
             dependent,
         )
@@ -249,7 +248,7 @@ class Sm90Stream(CudaKernel):
     plan_type = StreamPlan
 
     def refuses(self, problem: Problem) -> str | None:
-        """Other GPUs, more rows."""
+        """Other GPUs, more rows, rows of x that the copy engine cannot step through."""
         if problem.gpu is None:
             return "runs on a GPU, and the weight is in host memory"
         if problem.gpu.arch != _ARCH:
@@ -262,7 +261,7 @@ class Sm90Stream(CudaKernel):
             return "adds up in an order that depends on M, and batch_invariant was asked for"
         if not configs(problem.M, problem.spec.layout, problem.gpu):
             return f"needs more shared memory than the {problem.gpu.shared_per_block} bytes of {problem.gpu.name}"
-        return None
+        return copy_engine.refuses(problem)
 
     def candidates(self, problem: Problem) -> list[Candidate]:
         """Every configuration that fits, with as few clusters as need no more rounds than all that can be resident."""

@@ -1,7 +1,6 @@
 """More than a few rows of x on Hopper: wgmma on weights that are decoded into registers.
 
-Twin of cuda_src/kernels/sm90_wgmma.cuh. The copy engine reads x, and wants rows that start at multiples of 16 bytes
-and do not overlap. Other views of x are multiplied by sm80_gemm, which takes any address; see marlin_cupy.matmul.
+Twin of cuda_src/kernels/sm90_wgmma.cuh.
 """
 
 from __future__ import annotations
@@ -16,10 +15,11 @@ from typing import ClassVar
 from marlin_cupy.device import Gpu
 from marlin_cupy.formats.scalars import HALF_DTYPES
 from marlin_cupy.frameworks import StreamFramework
-from marlin_cupy.jit import launch, tensor_map
-from marlin_cupy.kernels import sm80_gemm
-from marlin_cupy.kernels.costs import can_scale, decode_factor, read_us
-from marlin_cupy.kernels.cuda import Block, CudaConfiguration, CudaKernel, CudaPlan, shared_budget
+from marlin_cupy.jit import launch
+from marlin_cupy.kernels import copy_engine
+from marlin_cupy.kernels.copy_engine import CopyEnginePlan
+from marlin_cupy.kernels.costs import can_scale, decode_factor, overlapped_us, read_us
+from marlin_cupy.kernels.cuda import Block, CudaConfiguration, CudaKernel, shared_budget
 from marlin_cupy.kernels.operands import Exchange, Rows
 from marlin_cupy.kernels.problem import Candidate, Problem
 from marlin_cupy.layout import SLAB_K, SLAB_N, Layout
@@ -32,9 +32,7 @@ _ARCH = "sm_90a"
 _WARPGROUP = 128
 _REGISTERS = 65536  # of an SM
 _PRODUCER_REGISTERS = 40  # per thread of the copying warpgroup
-_BOX_K = 64  # K of a row of x in shared memory: 128 bytes, its swizzle's width
 _LENT_BYTES = 16384  # what a cluster's blocks leave for the first one goes where its stages were if it is more
-_COPY_BYTES = 16  # what addresses of the copy engine are multiples of
 
 
 @dataclass(frozen=True)
@@ -42,8 +40,7 @@ class Config(Block):
     """The tile of a block.
 
     ``wgs_n`` warpgroups of ``row_blocks`` x 64 outputs each, ``wgs_k`` times over to split K, by ``tokens`` rows of x;
-    ``stages`` slabs of K under way; ``cluster`` blocks share the K of a tile. A warpgroup decodes ``atoms`` x 16 of K
-    between two groups of wgmma.
+    ``stages`` slabs of K under way; ``cluster`` blocks share the K of a tile.
     """
 
     wgs_n: int
@@ -52,7 +49,6 @@ class Config(Block):
     tokens: int
     stages: int
     cluster: int
-    atoms: int = 1
 
     @property
     def consumers(self) -> int:
@@ -127,78 +123,76 @@ class RatedConfig:
 # of 74 when no cell of the eight layers was to lose more than 7 %, and all of them together 0.6 % on average.
 #: The tiles to choose from, for any M.
 CONFIGS = (
-    RatedConfig(Config(1, 2, 1, 16, 8, 2, 4), 181),
-    RatedConfig(Config(2, 2, 1, 16, 12, 2, 4), 302),
-    RatedConfig(Config(3, 1, 1, 16, 9, 2, 4), 430),
-    RatedConfig(Config(4, 1, 1, 16, 5, 1, 4), 542),
-    RatedConfig(Config(1, 2, 1, 32, 8, 1, 4), 206),
-    RatedConfig(Config(1, 2, 1, 32, 8, 2, 4), 195),
-    RatedConfig(Config(2, 1, 2, 32, 4, 1, 4), 620),
-    RatedConfig(Config(1, 2, 1, 48, 8, 1, 4), 226),
-    RatedConfig(Config(1, 2, 1, 48, 8, 2, 4), 211),
-    RatedConfig(Config(2, 1, 2, 48, 4, 1, 4), 774),
-    RatedConfig(Config(1, 2, 1, 64, 8, 1, 1), 271),
-    RatedConfig(Config(1, 2, 1, 64, 8, 2, 1), 242),
-    RatedConfig(Config(2, 1, 2, 64, 4, 1, 1), 962),
-    RatedConfig(Config(3, 1, 1, 64, 4, 2, 1), 717),
-    RatedConfig(Config(1, 2, 1, 80, 6, 2, 1), 289),
-    RatedConfig(Config(2, 1, 1, 80, 4, 1, 1), 589),
-    RatedConfig(Config(2, 1, 1, 80, 4, 2, 1), 621),
-    RatedConfig(Config(2, 1, 2, 80, 4, 1, 1), 1083),
-    RatedConfig(Config(3, 1, 1, 80, 4, 1, 1), 828),
-    RatedConfig(Config(3, 1, 1, 80, 4, 2, 1), 820),
-    RatedConfig(Config(1, 2, 1, 96, 6, 1, 1), 341),
-    RatedConfig(Config(1, 2, 1, 96, 6, 2, 1), 314),
-    RatedConfig(Config(2, 1, 1, 96, 4, 1, 1), 648),
-    RatedConfig(Config(2, 1, 2, 96, 4, 1, 1), 1228),
-    RatedConfig(Config(3, 1, 1, 96, 4, 2, 1), 910),
-    RatedConfig(Config(1, 2, 1, 112, 6, 2, 1), 322),
-    RatedConfig(Config(2, 1, 1, 112, 4, 1, 1), 737),
-    RatedConfig(Config(2, 1, 1, 112, 4, 2, 1), 724),
-    RatedConfig(Config(2, 1, 2, 112, 4, 1, 1), 1365),
-    RatedConfig(Config(3, 1, 1, 112, 4, 1, 1), 1027),
-    RatedConfig(Config(3, 1, 1, 112, 4, 2, 1), 1053),
-    RatedConfig(Config(1, 2, 1, 128, 4, 1, 1), 480),
-    RatedConfig(Config(1, 2, 1, 128, 4, 2, 1), 450),
-    RatedConfig(Config(2, 1, 1, 128, 4, 1, 1), 801),
-    RatedConfig(Config(2, 1, 1, 128, 4, 2, 1), 787),
-    RatedConfig(Config(2, 1, 2, 128, 4, 1, 1), 1569),
-    RatedConfig(Config(3, 1, 1, 128, 4, 1, 1), 1147),
-    RatedConfig(Config(3, 1, 1, 128, 4, 2, 1), 1192),
-    RatedConfig(Config(2, 1, 1, 144, 3, 1, 1), 908),
-    RatedConfig(Config(2, 1, 1, 144, 3, 2, 1), 923),
-    RatedConfig(Config(2, 1, 1, 160, 3, 1, 1), 999),
-    RatedConfig(Config(2, 1, 1, 160, 3, 2, 1), 1022),
-    RatedConfig(Config(3, 1, 1, 160, 3, 1, 1), 1483),
-    RatedConfig(Config(2, 1, 1, 176, 3, 1, 1), 1065),
-    RatedConfig(Config(2, 1, 1, 176, 3, 2, 1), 1109),
-    RatedConfig(Config(2, 1, 1, 192, 3, 1, 1), 1172),
-    RatedConfig(Config(2, 1, 1, 192, 3, 2, 1), 1226),
-    RatedConfig(Config(3, 1, 1, 192, 3, 1, 1), 1761),
-    RatedConfig(Config(2, 1, 1, 208, 3, 1, 1), 1251),
-    RatedConfig(Config(2, 1, 1, 208, 3, 2, 1), 1261),
-    RatedConfig(Config(2, 1, 1, 256, 3, 1, 1), 1549),
+    RatedConfig(Config(1, 2, 1, 16, 8, 2), 179),
+    RatedConfig(Config(2, 2, 1, 16, 12, 2), 299),
+    RatedConfig(Config(3, 1, 1, 16, 9, 2), 414),
+    RatedConfig(Config(4, 1, 1, 16, 5, 1), 540),
+    RatedConfig(Config(1, 2, 1, 32, 8, 1), 206),
+    RatedConfig(Config(1, 2, 1, 32, 8, 2), 198),
+    RatedConfig(Config(2, 1, 2, 32, 4, 1), 603),
+    RatedConfig(Config(1, 2, 1, 48, 8, 1), 224),
+    RatedConfig(Config(1, 2, 1, 48, 8, 2), 210),
+    RatedConfig(Config(2, 1, 2, 48, 4, 1), 757),
+    RatedConfig(Config(1, 2, 1, 64, 8, 1), 257),
+    RatedConfig(Config(1, 2, 1, 64, 8, 2), 239),
+    RatedConfig(Config(2, 1, 2, 64, 4, 1), 913),
+    RatedConfig(Config(3, 1, 1, 64, 4, 2), 708),
+    RatedConfig(Config(1, 2, 1, 80, 6, 2), 302),
+    RatedConfig(Config(2, 1, 1, 80, 4, 1), 554),
+    RatedConfig(Config(2, 1, 1, 80, 4, 2), 561),
+    RatedConfig(Config(2, 1, 2, 80, 4, 1), 1059),
+    RatedConfig(Config(3, 1, 1, 80, 4, 1), 816),
+    RatedConfig(Config(3, 1, 1, 80, 4, 2), 802),
+    RatedConfig(Config(1, 2, 1, 96, 6, 1), 334),
+    RatedConfig(Config(1, 2, 1, 96, 6, 2), 316),
+    RatedConfig(Config(2, 1, 1, 96, 4, 1), 659),
+    RatedConfig(Config(2, 1, 2, 96, 4, 1), 1220),
+    RatedConfig(Config(3, 1, 1, 96, 4, 2), 919),
+    RatedConfig(Config(1, 2, 1, 112, 6, 2), 362),
+    RatedConfig(Config(2, 1, 1, 112, 4, 1), 708),
+    RatedConfig(Config(2, 1, 1, 112, 4, 2), 712),
+    RatedConfig(Config(2, 1, 2, 112, 4, 1), 1341),
+    RatedConfig(Config(3, 1, 1, 112, 4, 1), 1011),
+    RatedConfig(Config(3, 1, 1, 112, 4, 2), 997),
+    RatedConfig(Config(1, 2, 1, 128, 4, 1), 482),
+    RatedConfig(Config(1, 2, 1, 128, 4, 2), 472),
+    RatedConfig(Config(2, 1, 1, 128, 4, 1), 759),
+    RatedConfig(Config(2, 1, 1, 128, 4, 2), 774),
+    RatedConfig(Config(2, 1, 2, 128, 4, 1), 1539),
+    RatedConfig(Config(3, 1, 1, 128, 4, 1), 1138),
+    RatedConfig(Config(3, 1, 1, 128, 4, 2), 1149),
+    RatedConfig(Config(2, 1, 1, 144, 3, 1), 874),
+    RatedConfig(Config(2, 1, 1, 144, 3, 2), 897),
+    RatedConfig(Config(2, 1, 1, 160, 3, 1), 979),
+    RatedConfig(Config(2, 1, 1, 160, 3, 2), 1010),
+    RatedConfig(Config(3, 1, 1, 160, 3, 1), 1494),
+    RatedConfig(Config(2, 1, 1, 176, 3, 1), 1077),
+    RatedConfig(Config(2, 1, 1, 176, 3, 2), 1087),
+    RatedConfig(Config(2, 1, 1, 192, 3, 1), 1182),
+    RatedConfig(Config(2, 1, 1, 192, 3, 2), 1225),
+    RatedConfig(Config(3, 1, 1, 192, 3, 1), 1767),
+    RatedConfig(Config(2, 1, 1, 208, 3, 1), 1272),
+    RatedConfig(Config(2, 1, 1, 208, 3, 2), 1309),
+    RatedConfig(Config(2, 1, 1, 256, 3, 1), 1546),
 )
-#: What every launch pays, and every tile of a block at its end. The launch was set before the fit, as was _OVERLAP.
+#: What every launch pays, and every tile of a block at its end. The launch was set before the fit.
 _LAUNCH_US, _TILE_US = 2.3, 0.37
 #: What a cluster pays for its exchange, and per 64 KB of a tile's sums.
-_CLUSTER_US, _CLUSTER_SHARE_US = 1.24, 1.25
+_CLUSTER_US, _CLUSTER_SHARE_US = 0.65, 1.97
 #: What stripes pay: once, per 64 KB of a share, slabs that a block loses, and how much longer everything takes.
-_STRIPE_US, _SHARE_US, _STRIPE_SLABS, _STRIPE_EXCESS = 1.56, 0.56, 4.5, 1.03
+_STRIPE_US, _SHARE_US, _STRIPE_SLABS, _STRIPE_EXCESS = 1.63, 0.65, 4.7, 1.028
 _SHARE_BYTES = 64 << 10
 #: Nanoseconds that all SMs together need for a slab of a tile with 64 KB of sums, and bytes per nanosecond that they
 #: get of x and of weights from wherever these are.
-_ALL_NS, _ALL_BYTES_PER_NS = 4.3, 11.2e3
+_ALL_NS, _ALL_BYTES_PER_NS = 4.2, 11.1e3
 #: SMs of the GPU that these are of.
 _SMS = 132
-#: How sharply the longest of computing, reading and these limits decides: the exponent of the norm that adds them up.
-_OVERLAP = 4.0
 #: Nanoseconds of decoding 64 outputs of a slab, which other formats lengthen. From an earlier version of this kernel,
 #: as the factors by which they do are from sm80_gemm: neither is measured for how this one decodes, which takes int4
 #: with float16 fewer instructions now and leaves other formats and bfloat16 as they were.
 _DECODE_NS = 155
 #: What each further wave of blocks pays to start, where more blocks are launched than fit.
-_WAVE_US = 11.2
+_WAVE_US = 14.8
 #: Candidates to choose from and to tune.
 _OFFERED = 12
 #: Rows of x that count alike when the split of K is chosen for batch_invariant: a few, some and many.
@@ -318,8 +312,7 @@ def predicted_us(rated: RatedConfig, grid: Grid, layout: Layout, gpu: Gpu) -> fl
     moved = config.tokens * SLAB_K * 2 + config.rows // SLAB_N * slab_bytes
     moved_us = grid.tiles * slabs_k * moved / _ALL_BYTES_PER_NS / 1000 * (_SMS / gpu.sm_count)
     memory_us = read_us(slabs_n * slabs_k * slab_bytes, gpu)
-    limits = (busy_us, memory_us, all_us, moved_us)
-    return float(_LAUNCH_US + sum(us**_OVERLAP for us in limits) ** (1 / _OVERLAP))
+    return _LAUNCH_US + overlapped_us(busy_us, memory_us, all_us, moved_us)
 
 
 def options(m: int, layout: Layout, gpu: Gpu) -> list[tuple[float, Tiling]]:
@@ -358,31 +351,14 @@ def invariant_split(layout: Layout, gpu: Gpu) -> tuple[int, int]:
     return min(dict.fromkeys((each.config.wgs_k, each.config.cluster) for each in configs(layout, gpu)), key=cost)
 
 
-class WgmmaPlan(CudaPlan[Tiling]):
-    """Plain and dependent launches; sm80_gemm where the copy engine cannot read x."""
+class WgmmaPlan(CopyEnginePlan[Tiling]):
+    """Plain and dependent launches."""
 
-    @functools.cached_property
-    def portable(self) -> CudaPlan[sm80_gemm.Tiling]:
-        """What sm80_gemm would do; made when the first x comes that needs it."""
-        found = sm80_gemm.KERNEL.candidates(self.problem)
-        best = min(found, key=lambda candidate: candidate.predicted_us)
-        return sm80_gemm.KERNEL.plan(self.problem, best.configuration)
-
-    def enqueue(
+    def launch(
         self, framework: StreamFramework, x: Rows, w: QuantizedTensor, bias: int, y: Rows, dependent: bool
     ) -> None:
-        """Launch. ValueError for x that the copy engine cannot read, where batch_invariant rules sm80_gemm out."""
+        """Launch."""
         config, grid = self.configuration.config, self.configuration.grid
-        K, N = w.shape
-        if not x.start_at(_COPY_BYTES) or (x.number > 1 and x.stride < K):
-            if self.problem.batch_invariant:
-                raise ValueError(
-                    f"x is at address {x.pointer:#x} with a stride of {x.stride} elements between rows; "
-                    f"batch_invariant needs rows that start at multiples of {_COPY_BYTES} bytes and do not overlap, "
-                    "pass a contiguous copy."
-                )
-            self.portable.enqueue(framework, x, w, bias, y, dependent)
-            return
         stream = framework.stream(w.device)
         floats = 2 * grid.blocks * config.rows * config.tokens
         exchange = Exchange.of(framework, w.device, stream, floats, grid.shared_tiles)
@@ -390,7 +366,7 @@ class WgmmaPlan(CudaPlan[Tiling]):
         _ARGS.pack_into(
             _ARGUMENTS.data,
             0,
-            tensor_map.of_matrix(x.pointer, self.problem.dtype, (x.number, K), x.stride, (config.tokens, _BOX_K)),
+            copy_engine.map_of(self.problem, x, config.tokens),
             w.pointer,
             w.factors_pointer,
             bias,
@@ -399,7 +375,7 @@ class WgmmaPlan(CudaPlan[Tiling]):
             exchange.counters,
             y.stride,
             x.number,
-            N,
+            w.shape[1],
             slabs_n,
             grid.tiles_m,
             grid.tiles // grid.tiles_m,
@@ -442,10 +418,7 @@ class Sm90Wgmma(CudaKernel):
         """Other GPUs, bfloat16 x with float16 scales, rows of x that the copy engine cannot step through."""
         if problem.gpu is None:
             return "runs on a GPU, and the weight is in host memory"
-        K = problem.spec.shape[0]
-        if K * 2 % _COPY_BYTES:
-            return f"copies x in rows that start at multiples of {_COPY_BYTES} bytes, and K={K} is no multiple of 8"
-        return _refuses_any_shape(problem.spec, problem.dtype, problem.gpu)
+        return copy_engine.refuses(problem) or _refuses_any_shape(problem.spec, problem.dtype, problem.gpu)
 
     def candidates(self, problem: Problem) -> list[Candidate]:
         """The tiles and grids with the least predicted times; with batch_invariant those of one split of K."""
