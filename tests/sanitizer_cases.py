@@ -30,8 +30,8 @@ from marlin_cupy.kernels.cuda import CudaConfiguration, CudaKernel
 
 #: (K, N): edges in both directions; and enough steps for blocks to share a tile.
 SHAPES = ((75, 70), (1100, 200))
-#: The same with rows that sm90_wgmma takes, and more tiles for its blocks.
-WGMMA_SHAPES = ((72, 70), (1096, 700))
+#: The same with rows that the Hopper kernels can copy, and more tiles for their blocks.
+COPIED_SHAPES = ((72, 70), (1096, 700))
 GROUP_SIZE = {"int4": 128, "uint4": 48, "int8": 64, "nf4": 32}
 _NAN = 0x7FFF  # in fp16 and in bf16
 
@@ -72,7 +72,7 @@ def stream_cases(dtype: str, w: mc.QuantizedTensor) -> Iterator[Case]:
         for config in sm90_stream.configs(largest_m, w.layout, gpu()):
             for M in (1, largest_m - 1):
                 if sm90_stream.KERNEL.refuses(Problem(M, dtype, w.spec, gpu())) is None:
-                    for clusters in sorted({1, w.layout.packed_shape[0]}):
+                    for clusters in sorted({1, sm90_stream.tiles(config, w.layout)}):
                         yield sm90_stream.KERNEL, M, sm90_stream.Streams(config, clusters)
 
 
@@ -99,13 +99,13 @@ def wgmma_cases(dtype: str, w: mc.QuantizedTensor, only_every: int) -> Iterator[
 def check_kernels(format: str, dtype: str, only_every: int, names: list[str], turns: Iterator[bool]) -> tuple[int, int]:
     """Numbers of launches with whole tiles and with shared ones, of the kernels in ``names`` where it is their turn."""
     launches = [0, 0]
-    for K, N in SHAPES + WGMMA_SHAPES:
+    for K, N in SHAPES + COPIED_SHAPES:
         on_host = mc.quantize(gaussian(K, N, seed=K), format, GROUP_SIZE[format], scale_dtype=dtype)
         w = on_host.to("cuda")
         x, bias = rows((261, K), seed=N, dtype=dtype), rows((N,), seed=K, dtype=dtype)
         exact = Product(*(part.astype(np.float64) for part in (x, on_host.dequantize("float32"), bias)))
-        others = () if (K, N) in WGMMA_SHAPES else (*portable_cases(dtype, w, only_every), *stream_cases(dtype, w))
-        for kernel, M, configuration in (*others, *wgmma_cases(dtype, w, only_every)):
+        portable = portable_cases(dtype, w, only_every) if (K, N) in SHAPES else ()
+        for kernel, M, configuration in (*portable, *stream_cases(dtype, w), *wgmma_cases(dtype, w, only_every)):
             if kernel.name not in names or not next(turns):
                 continue
             plan = kernel.plan(Problem(M, dtype, w.spec, gpu()), configuration)
@@ -140,7 +140,7 @@ def is_shared(configuration: CudaConfiguration) -> bool:
 def check_addresses() -> int:
     """Rows of x and out that start anywhere, through the public function."""
     launches = 0
-    for K, N in SHAPES:
+    for K, N in SHAPES + COPIED_SHAPES:
         w = mc.quantize(gaussian(K, N, seed=K)).to("cuda")
         exact_weights = w.to("cpu").dequantize("float32").astype(np.float64)
         wide = rows((9, K + 9), seed=N, dtype="float16")

@@ -340,7 +340,7 @@ def test_all_that_batch_invariant_offers_has_the_same_bits(name: str, dtype: str
     for split in sorted(splits):
         alone: cupy.ndarray | None = None
         for M in (300, 1, 16, 17, 100, 129, 250):
-            for _, tiling in sm90_wgmma.invariant_options(M, w.layout, gpu(), split):
+            for _, tiling in sm90_wgmma.invariant_options(M, w.layout, gpu(), "float16", split):
                 y = launched(tiling, x[300 - M :].copy(), w)
                 alone = y if alone is None else alone
                 assert_same_bits(y, alone[300 - M :], f"M={M}, {tiling}")

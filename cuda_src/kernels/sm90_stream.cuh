@@ -2,7 +2,7 @@
 //
 //   K ->                                               a column: one slab, 64 outputs x 128 K, contiguous, or half
 //   | 0 1 2 3 4 5 6 7 | 0 1 ...       | rank 1 ...     the number: the warp of the block that takes it, into a ring of
-//   |<--- a round --->|               |                its own, by one bulk copy and the x of that slab beside it
+//   |<--- a round --->|               |                its own, by one bulk copy, and its x by two tensor copies
 //   |<------ cluster rank 0 --------->|
 //
 // What bounds it: each weight is read once, 4.125 bits at group size 128, and takes M fused multiply-adds. With 16 rows or
@@ -13,10 +13,11 @@
 // wrong with them is put right once per granule, in fp32, where the scale is applied too (formats/nibble.cuh).
 //
 // A warp waits for nothing but its own copies: no barrier of the block, no work of other warps. It decodes a slab,
-// multiplies it, and refills the slot; about 100 KB of weights are under way on an SM (24 slabs). Weights are read once and
-// leave L2 first. Nobody else needs these weights or this x, so nothing is shared until a tile of 64 outputs ends. Then the
-// warps add up through shared memory, and the blocks of a cluster, each with a share of K, through each other's shared
-// memory, both in a fixed order. Copies for the next tile are under way meanwhile.
+// multiplies it, and one lane refills the slot; 70 to 100 KB of weights are under way on an SM. Weights are read once and
+// leave L2 first. Nobody else needs these weights or this x, so nothing is shared until a tile ends. Then the warps add up
+// through shared memory, and the blocks of a cluster, each with a share of K, through each other's shared memory, both in
+// a fixed order. Copies for the next tile are under way meanwhile. A tile is 64 outputs, or 32 where that keeps more SMs
+// busy.
 //
 // The kernel ahead in the stream may still run when this one starts (ptx/dependent_launch.cuh). It does not write weights,
 // the host sees to that, so the rings' first slabs are under way before the wait; x, bias and y are touched after it.

@@ -1,4 +1,4 @@
-"""What a GPU takes for what every kernel does: reading a weight, decoding it, being launched.
+"""What a GPU takes for what every kernel does: reading a weight, decoding it.
 
 The rest of a kernel's costs is at the top of its own file, with what it was fitted to. All of them are those of an
 H200, and elsewhere an SM is taken to be as fast as there; only the number of SMs and the memory are those of the GPU at
@@ -8,6 +8,7 @@ hand. Predictions rank candidates; times to rely on come from :func:`marlin_cupy
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 
 from marlin_cupy.device import Gpu
 from marlin_cupy.formats.scalars import FLOAT16
@@ -22,12 +23,27 @@ _FLOOR_SHARE, _FLOOR_LAUNCH_US = 0.942, 1.53
 _READ_SHARE = 0.885
 #: How sharply the longest of times that overlap decides: the exponent of the norm that adds them up.
 _OVERLAP = 4.0
-#: How much longer an SM takes for a slab of a format than for one of int4, and where a granule is 32 or less than where
-#: it is 64 or 128, measured before sm90_wgmma. Formats that are not listed are taken to be like int4, and bfloat16 like
-#: float16. examples/results/h200_variants.json has as whole times at M = 1 by now: uint4 1.01 to 1.04, nf4 1.3 to 1.5,
-#: granules of 32 1.08 to 1.16, bfloat16 1.04 to 1.19.
-_DECODE = {"uint4": 1.04, "nf4": 1.3}
-_FINE_GRANULE, _FINE_DECODE = 32, 1.1
+#: Granules that are so small take longer.
+_FINE_GRANULE = 32
+
+
+@dataclass(frozen=True)
+class DecodeFactors:
+    """How much longer a kernel takes for a slab than for one of int4 with float16 and granules of 64 or 128.
+
+    Attributes:
+        formats: by (format, dtype of the activations); as long where one is not listed.
+        fine: where granules are 32 or less.
+    """
+
+    formats: dict[tuple[str, str], float]
+    fine: float
+
+    def __call__(self, layout: Layout, dtype: str) -> float:
+        """The factor for slabs of ``layout``."""
+        return self.formats.get((layout.format.name, dtype), 1.0) * (
+            self.fine if layout.granule <= _FINE_GRANULE else 1
+        )
 
 
 def read_us(nbytes: int, gpu: Gpu) -> float:
@@ -38,11 +54,6 @@ def read_us(nbytes: int, gpu: Gpu) -> float:
 def overlapped_us(*limits: float) -> float:
     """The time of what goes on at once: about the longest, somewhat more where several are close."""
     return float(sum(us**_OVERLAP for us in limits) ** (1 / _OVERLAP))
-
-
-def decode_factor(layout: Layout) -> float:
-    """The time of an SM for a slab of ``layout`` over that for a slab of int4 with group_size=128."""
-    return _DECODE.get(layout.format.name, 1.0) * (_FINE_DECODE if layout.granule <= _FINE_GRANULE else 1.0)
 
 
 def can_scale(spec: Spec, dtype: str) -> bool:

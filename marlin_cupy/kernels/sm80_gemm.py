@@ -8,10 +8,10 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from marlin_cupy.device import Gpu
-from marlin_cupy.formats.scalars import HALF_DTYPES
+from marlin_cupy.formats.scalars import FLOAT16, HALF_DTYPES
 from marlin_cupy.frameworks import StreamFramework
 from marlin_cupy.jit import launch
-from marlin_cupy.kernels.costs import can_scale, decode_factor, read_us
+from marlin_cupy.kernels.costs import DecodeFactors, can_scale, read_us
 from marlin_cupy.kernels.cuda import Block, CudaConfiguration, CudaKernel, CudaPlan, shared_budget
 from marlin_cupy.kernels.operands import Exchange, Rows
 from marlin_cupy.kernels.problem import Candidate, Problem
@@ -129,6 +129,8 @@ CONFIGS: dict[int, tuple[RatedConfig, ...]] = {
 _MOST_EXACT = 16
 #: What every launch pays.
 _LAUNCH_US = 1.6
+#: bfloat16 is taken to be like float16.
+_DECODE = DecodeFactors({("uint4", FLOAT16): 1.04, ("nf4", FLOAT16): 1.3}, fine=1.1)
 #: How much longer it takes to read a weight than a kernel that does nothing else.
 _READ_EXCESS = 1.1
 #: What a launch pays besides when blocks share tiles: partial tiles written, counted and added up by one block.
@@ -211,7 +213,7 @@ def grids(rated: RatedConfig, m: int, layout: Layout, gpu: Gpu) -> list[tuple[fl
     tiles = tiles_m * -(-slabs_n * SLAB_N // config.rows)
     steps = -(-slabs_k * SLAB_K // config.k)
     slots = gpu.sm_count * config.blocks_per_sm
-    step_us = config.rows * config.k / (SLAB_N * SLAB_K) * rated.slab_ns / 1000 * decode_factor(layout)
+    step_us = config.rows * config.k / (SLAB_N * SLAB_K) * rated.slab_ns / 1000 * _DECODE(layout, FLOAT16)
     least_us = _READ_EXCESS * read_us(slabs_n * slabs_k * slab_bytes, gpu)
 
     def predicted_us(blocks: int) -> float:

@@ -10,12 +10,12 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from marlin_cupy.device import Gpu
-from marlin_cupy.formats.scalars import HALF_DTYPES
+from marlin_cupy.formats.scalars import BFLOAT16, FLOAT16, HALF_DTYPES
 from marlin_cupy.frameworks import StreamFramework
 from marlin_cupy.jit import launch
 from marlin_cupy.kernels import copy_engine
 from marlin_cupy.kernels.copy_engine import CopyEnginePlan
-from marlin_cupy.kernels.costs import decode_factor, overlapped_us, read_us
+from marlin_cupy.kernels.costs import DecodeFactors, overlapped_us, read_us
 from marlin_cupy.kernels.cuda import Block, CudaConfiguration, CudaKernel, shared_budget
 from marlin_cupy.kernels.operands import Rows
 from marlin_cupy.kernels.problem import Candidate, Problem
@@ -86,15 +86,15 @@ class Costs:
         warp: by which each warp on an SM lengthens the launch.
         slab: that a warp needs for a slab, were it alone on its SM.
         crowd: by which each warp on an SM lengthens every slab.
-        tile: for the sum over the warps at the end of a tile.
-        exchange: for the sum over a cluster there.
+        gap: between a tile and the next, were nothing under way meanwhile; a slot divides it.
+        exchange: for the sum over a cluster at the end of a tile.
     """
 
     launch: float
     warp: float
     slab: float
     crowd: float
-    tile: float
+    gap: float
     exchange: float
 
 
@@ -104,30 +104,55 @@ class Costs:
 _BESIDE_BYTES = 15 << 20
 
 
-# Fitted to times of the shapes that are offered, and of more, for int4 with group_size=128 on an H200: 11 layers, the
-# eight of bench.shapes.LLAMA and (K, N) = (2048, 5632), (5120, 13824) and (7168, 18432), M = 1, 4, 8 and 16, plain
-# launches, cold weights, the shapes of a cell in turns, by a script that is not in the tree. Of all that were measured,
-# what is predicted to be best takes longer than the best by 1.2 % on average and 4 % at worst up to M = 8, by 0.6 % and
-# 2 % at M = 16. Its time is predicted within 13 %, the large layers too low.
+# Fitted to times of the shapes that are offered, and of more, for int4 with group_size=128 on an H200: ten layers, the
+# eight of bench.shapes.LLAMA and (K, N) = (5120, 13824) and (7168, 18432), M = 1, 2, 4, 8, 12 and 16, plain launches,
+# cold weights, the shapes of a cell in turns, by a script that is not in the tree. Of those that are offered, what is
+# predicted to be best takes longer than the best by 0.6 % on average and 3.4 % at worst up to M = 8, by 0.3 % and 2 %
+# at M = 12 and 16. Its time is predicted within 7 %.
 #: By the largest M that they hold for.
 COSTS = {
-    8: Costs(launch=2.31, warp=0.029, slab=0.2155, crowd=0.0549, tile=0.34, exchange=1.09),
-    16: Costs(launch=2.03, warp=0.042, slab=0.244, crowd=0.1026, tile=0.43, exchange=0.86),
+    8: Costs(launch=2.59, warp=0.0192, slab=0.2237, crowd=0.0521, gap=1.36, exchange=1.05),
+    16: Costs(launch=2.55, warp=0.037, slab=0.274, crowd=0.0946, gap=1.81, exchange=0.75),
+}
+#: By the largest M too; fitted to six of these layers, M = 1, 8 and 16.
+_DECODE = {
+    8: DecodeFactors(
+        {
+            ("int4", BFLOAT16): 1.24,
+            ("uint4", BFLOAT16): 1.24,
+            ("nf4", FLOAT16): 1.8,
+            ("nf4", BFLOAT16): 1.8,
+            ("int8", FLOAT16): 1.16,
+            ("int8", BFLOAT16): 1.16,
+        },
+        fine=1.24,
+    ),
+    16: DecodeFactors(
+        {
+            ("int4", BFLOAT16): 1.1,
+            ("uint4", BFLOAT16): 1.1,
+            ("nf4", FLOAT16): 1.35,
+            ("nf4", BFLOAT16): 1.35,
+            ("int8", FLOAT16): 1.08,
+            ("int8", BFLOAT16): 1.08,
+        },
+        fine=1.32,
+    ),
 }
 #: What half a slab takes of the time of a slab.
 _HALF = 0.59
 #: Per (largest M, cluster, blocks per SM, halves): the (warps_k, slots) that are offered, so far as they fit.
 _SHAPES = {
-    (8, 1, 1, 2): ((8, 3), (8, 2), (12, 2), (4, 3), (4, 2)),
+    (8, 1, 1, 2): ((8, 2), (8, 3), (12, 2), (4, 3), (4, 2)),
     (8, 1, 2, 2): ((4, 2), (6, 2), (4, 3), (2, 3), (2, 2)),
     (8, 2, 1, 2): ((8, 2), (8, 3), (4, 3), (4, 2)),
-    (8, 1, 1, 1): ((12, 3), (16, 2), (8, 3), (8, 2), (4, 2)),
-    (8, 2, 1, 1): ((8, 3), (8, 2)),
+    (8, 1, 1, 1): ((8, 2), (12, 3), (16, 2), (4, 3), (4, 2)),
+    (8, 2, 1, 1): ((8, 2), (8, 3)),
     (16, 1, 1, 2): ((8, 2), (12, 2), (8, 3), (4, 3), (4, 2)),
     (16, 1, 2, 2): ((4, 2), (6, 2), (4, 3), (2, 3), (2, 2)),
     (16, 2, 1, 2): ((8, 2), (8, 3), (4, 3), (4, 2)),
-    (16, 1, 1, 1): ((12, 2), (8, 3), (16, 2), (8, 2), (4, 2)),
-    (16, 2, 1, 1): ((8, 3), (8, 2)),
+    (16, 1, 1, 1): ((8, 2), (12, 2), (8, 3), (4, 3), (4, 2)),
+    (16, 2, 1, 1): ((8, 2), (8, 3)),
 }
 #: How many of them: those that fit and come first.
 _SHAPES_OFFERED = 3
@@ -178,7 +203,7 @@ def rounds(config: Config, layout: Layout, gpu: Gpu) -> int:
     return -(-tiles(config, layout) // (gpu.sm_count * config.blocks_per_sm // config.cluster))
 
 
-def predicted_us(config: Config, layout: Layout, gpu: Gpu) -> float:
+def predicted_us(config: Config, layout: Layout, gpu: Gpu, dtype: str) -> float:
     """The memory's time and that of the busiest warp, overlapped, and a launch.
 
     A warp waits for its copies, decodes and multiplies a slab at a time, so that its slabs make a chain; more warps on
@@ -187,12 +212,14 @@ def predicted_us(config: Config, layout: Layout, gpu: Gpu) -> float:
     slabs_n, slabs_k, slab_bytes = layout.packed_shape
     costs = COSTS[config.tokens]
     slabs = math.ceil(slabs_k / (config.cluster * config.warps_k))
-    slab = (costs.slab + costs.crowd * config.warps_k * config.blocks_per_sm) * decode_factor(layout)
+    slab = (costs.slab + costs.crowd * config.warps_k * config.blocks_per_sm) * _DECODE[config.tokens](layout, dtype)
     if config.halves == 1:
         slab *= _HALF
-    tile = slabs * slab + costs.tile + (costs.exchange if config.cluster > 1 else 0.0)
+    tiles_each = rounds(config, layout, gpu)
+    busy_us = tiles_each * (slabs * slab + (costs.exchange if config.cluster > 1 else 0.0))
+    busy_us += (tiles_each - 1) * costs.gap / config.slots
     launch_us = costs.launch + costs.warp * config.warps_k * config.blocks_per_sm
-    return launch_us + overlapped_us(rounds(config, layout, gpu) * tile, read_us(slabs_n * slabs_k * slab_bytes, gpu))
+    return launch_us + overlapped_us(busy_us, read_us(slabs_n * slabs_k * slab_bytes, gpu))
 
 
 def dependent_shared_bytes(config: Config, layout: Layout, gpu: Gpu) -> int:
@@ -270,7 +297,9 @@ class Sm90Stream(CudaKernel):
         found = []
         for config in configs(problem.M, layout, gpu):
             clusters = -(-tiles(config, layout) // rounds(config, layout, gpu))
-            found.append(Candidate(self.name, Streams(config, clusters), predicted_us(config, layout, gpu)))
+            found.append(
+                Candidate(self.name, Streams(config, clusters), predicted_us(config, layout, gpu, problem.dtype))
+            )
         return found
 
     def variants(self, spec: Spec, dtype: str, gpu: Gpu) -> Iterator[tuple[str, str]]:

@@ -13,12 +13,12 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from marlin_cupy.device import Gpu
-from marlin_cupy.formats.scalars import HALF_DTYPES
+from marlin_cupy.formats.scalars import BFLOAT16, FLOAT16, HALF_DTYPES
 from marlin_cupy.frameworks import StreamFramework
 from marlin_cupy.jit import launch
 from marlin_cupy.kernels import copy_engine
 from marlin_cupy.kernels.copy_engine import CopyEnginePlan
-from marlin_cupy.kernels.costs import can_scale, decode_factor, overlapped_us, read_us
+from marlin_cupy.kernels.costs import DecodeFactors, can_scale, overlapped_us, read_us
 from marlin_cupy.kernels.cuda import Block, CudaConfiguration, CudaKernel, shared_budget
 from marlin_cupy.kernels.operands import Exchange, Rows
 from marlin_cupy.kernels.problem import Candidate, Problem
@@ -117,16 +117,17 @@ class RatedConfig:
 
 # The times and costs below were fitted together to times of these tiles on an H200: 11 layers, the eight of
 # bench.shapes.LLAMA and (K, N) = (2048, 5632), (5120, 13824) and (7168, 18432), M = 12 to 4096, plain launches, cold
-# weights, the candidates of a cell in turns, by a script that is not in the tree. Of the candidates measured (the seven
-# that an earlier fit put first), what is predicted to be best takes longer than the best by 0.04 % on average and 2 %
-# at worst up to M = 128, by 0.3 % and 5 % above, where the clock depends on the power drawn. The tiles are those left
-# of 74 when no cell of the eight layers was to lose more than 7 %, and all of them together 0.6 % on average.
+# weights, the candidates of a cell in turns, by a script that is not in the tree. Of the candidates measured (up to
+# twelve that an earlier fit put first), what is predicted to be best takes longer than the best by 0.1 % on average and
+# 2 % at worst up to M = 128, by 0.4 % and 4 % above, where the clock depends on the power drawn. Then tiles of 16
+# tokens were taken to be 5 % slower, for the choice between this kernel and sm90_stream. The tiles are those left of 74
+# when no cell of the eight layers was to lose more than 7 %, and all of them together 0.6 % on average.
 #: The tiles to choose from, for any M.
 CONFIGS = (
-    RatedConfig(Config(1, 2, 1, 16, 8, 2), 179),
-    RatedConfig(Config(2, 2, 1, 16, 12, 2), 299),
-    RatedConfig(Config(3, 1, 1, 16, 9, 2), 414),
-    RatedConfig(Config(4, 1, 1, 16, 5, 1), 540),
+    RatedConfig(Config(1, 2, 1, 16, 8, 2), 188),
+    RatedConfig(Config(2, 2, 1, 16, 12, 2), 314),
+    RatedConfig(Config(3, 1, 1, 16, 9, 2), 435),
+    RatedConfig(Config(4, 1, 1, 16, 5, 1), 567),
     RatedConfig(Config(1, 2, 1, 32, 8, 1), 206),
     RatedConfig(Config(1, 2, 1, 32, 8, 2), 198),
     RatedConfig(Config(2, 1, 2, 32, 4, 1), 603),
@@ -187,10 +188,21 @@ _SHARE_BYTES = 64 << 10
 _ALL_NS, _ALL_BYTES_PER_NS = 4.2, 11.1e3
 #: SMs of the GPU that these are of.
 _SMS = 132
-#: Nanoseconds of decoding 64 outputs of a slab, which other formats lengthen. From an earlier version of this kernel,
-#: as the factors by which they do are from sm80_gemm: neither is measured for how this one decodes, which takes int4
-#: with float16 fewer instructions now and leaves other formats and bfloat16 as they were.
+#: Nanoseconds of decoding 64 outputs of a slab, which other formats lengthen. The factors were fitted with this, to six
+#: of these layers, M = 16, 64 and 256.
 _DECODE_NS = 155
+_DECODE = DecodeFactors(
+    {
+        ("int4", BFLOAT16): 1.06,
+        ("uint4", FLOAT16): 1.08,
+        ("uint4", BFLOAT16): 1.08,
+        ("nf4", FLOAT16): 1.4,
+        ("nf4", BFLOAT16): 1.36,
+        ("int8", FLOAT16): 1.4,
+        ("int8", BFLOAT16): 1.4,
+    },
+    fine=1.1,
+)
 #: What each further wave of blocks pays to start, where more blocks are launched than fit.
 _WAVE_US = 14.8
 #: Candidates to choose from and to tune.
@@ -285,7 +297,7 @@ def invariant_grid(config: Config, m: int, layout: Layout, gpu: Gpu) -> Grid:
     return whole if config.wgs_k == 1 else Grid(whole.tiles, whole.tiles, whole.tiles_m, 1)
 
 
-def predicted_us(rated: RatedConfig, grid: Grid, layout: Layout, gpu: Gpu) -> float:
+def predicted_us(rated: RatedConfig, grid: Grid, layout: Layout, gpu: Gpu, dtype: str) -> float:
     """Launch, and the longest of what holds a launch up, somewhat more where they are close.
 
     What the busiest block does: as long for each slab, whether the tensor cores, decoding or the memory hold it up,
@@ -294,7 +306,7 @@ def predicted_us(rated: RatedConfig, grid: Grid, layout: Layout, gpu: Gpu) -> fl
     """
     config = rated.config
     slabs_n, slabs_k, slab_bytes = layout.packed_shape
-    slab_us = (rated.slab_ns + (decode_factor(layout) - 1) * _DECODE_NS * config.rows / SLAB_N) / 1000
+    slab_us = (rated.slab_ns + (_DECODE(layout, dtype) - 1) * _DECODE_NS * config.rows / SLAB_N) / 1000
     share = config.rows * config.tokens * 4 / _SHARE_BYTES
     waves = -(-(grid.tiles - grid.shared_tiles) // min(grid.blocks, slots(config, gpu)))
     busy_us = waves * (slabs_k / config.cluster * slab_us + _TILE_US)
@@ -315,16 +327,18 @@ def predicted_us(rated: RatedConfig, grid: Grid, layout: Layout, gpu: Gpu) -> fl
     return _LAUNCH_US + overlapped_us(busy_us, memory_us, all_us, moved_us)
 
 
-def options(m: int, layout: Layout, gpu: Gpu) -> list[tuple[float, Tiling]]:
+def options(m: int, layout: Layout, gpu: Gpu, dtype: str) -> list[tuple[float, Tiling]]:
     """(predicted microseconds, tile and grid) of all tiles, whole and with stripes; the best first."""
     found = []
     for rated in configs(layout, gpu):
         for grid in dict.fromkeys(grid_of(rated.config, m, layout, gpu, stripes) for stripes in (False, True)):
-            found.append((predicted_us(rated, grid, layout, gpu), Tiling(rated.config, grid)))
+            found.append((predicted_us(rated, grid, layout, gpu, dtype), Tiling(rated.config, grid)))
     return sorted(found, key=lambda option: option[0])
 
 
-def invariant_options(m: int, layout: Layout, gpu: Gpu, split: tuple[int, int]) -> list[tuple[float, Tiling]]:
+def invariant_options(
+    m: int, layout: Layout, gpu: Gpu, dtype: str, split: tuple[int, int]
+) -> list[tuple[float, Tiling]]:
     """As :func:`options`, of those whose rows have the bits that (K groups, cluster) ``split`` gives at any M.
 
     No tile is cut, the parts of K are added in the same order, and in each of them slab after slab. That the number of
@@ -334,18 +348,18 @@ def invariant_options(m: int, layout: Layout, gpu: Gpu, split: tuple[int, int]) 
     for rated in configs(layout, gpu):
         if (rated.config.wgs_k, rated.config.cluster) == split:
             grid = invariant_grid(rated.config, m, layout, gpu)
-            found.append((predicted_us(rated, grid, layout, gpu), Tiling(rated.config, grid)))
+            found.append((predicted_us(rated, grid, layout, gpu, dtype), Tiling(rated.config, grid)))
     return sorted(found, key=lambda option: option[0])
 
 
 @functools.lru_cache(maxsize=1024)
 def invariant_split(layout: Layout, gpu: Gpu) -> tuple[int, int]:
-    """(K groups, cluster) for a layer, whatever M: the least product of the times for few, some and many rows."""
+    """(K groups, cluster) for a layer at any M and dtype: the least product of the times for few, some, many rows."""
 
     def cost(split: tuple[int, int]) -> float:
         product = 1.0
         for m in _INVARIANT_MS:
-            product *= invariant_options(m, layout, gpu, split)[0][0]
+            product *= invariant_options(m, layout, gpu, FLOAT16, split)[0][0]
         return product
 
     return min(dict.fromkeys((each.config.wgs_k, each.config.cluster) for each in configs(layout, gpu)), key=cost)
@@ -425,9 +439,9 @@ class Sm90Wgmma(CudaKernel):
         assert problem.gpu is not None
         m, layout, gpu = max(problem.M, 1), problem.spec.layout, problem.gpu
         if problem.batch_invariant:
-            found = invariant_options(m, layout, gpu, invariant_split(layout, gpu))
+            found = invariant_options(m, layout, gpu, problem.dtype, invariant_split(layout, gpu))
         else:
-            found = options(m, layout, gpu)
+            found = options(m, layout, gpu, problem.dtype)
         return [Candidate(self.name, tiling, us) for us, tiling in found[:_OFFERED]]
 
     def variants(self, spec: Spec, dtype: str, gpu: Gpu) -> Iterator[tuple[str, str]]:
