@@ -160,7 +160,7 @@ def test_predictions_make_sense() -> None:
             assert best > 2 * M * shape.K * shape.N / 989e6  # what the tensor cores can do at all
             assert best >= 0.97 * before, M  # more rows take longer
             before = best
-    for name, factor in (("nf4", 1.4), ("int8", 1.6)):
+    for name, factor in (("nf4", 1.4), ("int8", 1.7)):
         us = [KERNEL.candidates(problem(16, 8192, 57344, format=each))[0].predicted_us for each in ("int4", name)]
         assert us[0] < us[1] < factor * us[0]
 

@@ -198,8 +198,8 @@ _DECODE = DecodeFactors(
         ("uint4", BFLOAT16): 1.08,
         ("nf4", FLOAT16): 1.4,
         ("nf4", BFLOAT16): 1.36,
-        ("int8", FLOAT16): 1.4,
-        ("int8", BFLOAT16): 1.4,
+        ("int8", FLOAT16): 1.36,
+        ("int8", BFLOAT16): 1.36,
     },
     fine=1.1,
 )
