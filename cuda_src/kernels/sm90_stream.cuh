@@ -207,7 +207,7 @@ extern "C" __global__ void __cluster_dims__(Config::cluster) __launch_bounds__(T
         }
     }
     if (Config::cluster > 1) {  // no block leaves while another reads its shared memory
-        cluster_arrive();
+        cluster_arrive_relaxed();
         cluster_wait();
     }
 }

@@ -99,7 +99,11 @@ __device__ inline Segments segments_of(const Args& args) {
 struct Ring {
     int stage = 0;
     u32 parity = 0;
-    __device__ void advance(int by) {
+    __device__ void advance(int by) {  // by no more than there are stages
+        stage += by;
+        if (stage >= Tile::stages) stage -= Tile::stages, parity ^= 1;
+    }
+    __device__ void advance_far(int by) {
         const int at = stage + by;
         parity ^= at / Tile::stages & 1;
         stage = at % Tile::stages;
@@ -124,7 +128,9 @@ struct Corner {
     }
 };
 
+// One thread copies the weights, another x. What it does for a stage is kept short: ten warps may wait for the next one.
 __device__ inline void produce_weights(const Args& args, u32 shared) {
+    pin(shared);
     const u64 policy = args.tiles_m == 1 ? policy_evict_first() : policy_evict_normal();
     Ring ring;
     for (Segments all = segments_of(args); all.next();) {
@@ -133,24 +139,29 @@ __device__ inline void produce_weights(const Args& args, u32 shared) {
         const i64 pitch = static_cast<i64>(args.schedule.steps) * Packed::slab_bytes;
         const Segment range = all.now.part(static_cast<int>(cluster_rank()), Tile::cluster);
         const u8* source = args.weight + first * pitch + static_cast<i64>(range.begin) * Packed::slab_bytes;
+#pragma unroll 1
         for (int k = range.begin; k < range.end; ++k, source += Packed::slab_bytes) {
             const u32 full = shared + Place::full + 8 * ring.stage;
+            const u32 stage = shared + Place::weights + ring.stage * Place::weight_bytes;
             barrier_wait(shared + Place::empty + 8 * ring.stage, ring.parity ^ 1);
             barrier_expect(full, count * Packed::slab_bytes);
-            for (int i = 0; i < count; ++i)
-                copy_bulk(shared + Place::weights + ring.stage * Place::weight_bytes + i * Packed::slab_bytes,
-                          source + i * pitch, Packed::slab_bytes, full, policy);
+#pragma unroll
+            for (int i = 0; i < Tile::slabs; ++i)
+                if (i == 0 || i < count)
+                    copy_bulk(stage + i * Packed::slab_bytes, source + i * pitch, Packed::slab_bytes, full, policy);
             ring.advance(1);
         }
     }
 }
 
 __device__ inline void produce_x(const Args& args, u32 shared) {
+    pin(shared);
     wait_for_previous_kernel();
     Ring ring;
     for (Segments all = segments_of(args); all.next();) {
         const int token = Corner(args, all.now.tile).token;
         const Segment range = all.now.part(static_cast<int>(cluster_rank()), Tile::cluster);
+#pragma unroll 1
         for (int k = range.begin; k < range.end; ++k) {
             const u32 full = shared + Place::full + 8 * ring.stage, x = shared + ring.stage * Place::x_bytes;
             barrier_wait(shared + Place::empty + 8 * ring.stage, ring.parity ^ 1);
@@ -257,7 +268,7 @@ private:
 #pragma unroll
             for (int i = 0; i < Tile::sums; ++i) asm volatile("" : "+f"(sums[r][i])::"memory");
         release(before);
-        ring.advance(count);
+        ring.advance_far(count);
     }
 
     static __device__ constexpr int x_offset(int atom, int piece) {
@@ -368,7 +379,7 @@ private:
         }
         if (Place::lends_stages) {
             cluster_wait();  // the others have started
-            if (lane > 0 && lane < Tile::cluster) barrier_arrive_remote(cluster_address(arrived, lane));
+            barrier_arrive_remote_if(lane > 0 && lane < Tile::cluster, cluster_address(arrived, lane % Tile::cluster));
         }
         barrier_wait(arrived, 0);
         add_shares<Tile::cluster - 1>(shares);
@@ -481,7 +492,7 @@ extern "C" __global__ void __cluster_dims__(Config::cluster) __launch_bounds__(T
         prefetch_map(&args.x);
     }
     __syncwarp();
-    if (Tile::cluster > 1) cluster_arrive();
+    if (Tile::cluster > 1) cluster_arrive_relaxed();  // barriers are set up: their fence has released that
     if (copies_weights) {
         barrier_arrive_only(ALL, Tile::threads);
     } else {

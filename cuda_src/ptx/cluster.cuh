@@ -13,6 +13,11 @@ __device__ inline void cluster_arrive() {
     asm volatile("barrier.cluster.arrive.release.aligned;" ::: "memory");
 }
 
+// The same where there is nothing to make visible. Release costs a fence of the whole GPU.
+__device__ inline void cluster_arrive_relaxed() {
+    asm volatile("barrier.cluster.arrive.relaxed.aligned;" ::: "memory");
+}
+
 __device__ inline void cluster_wait() {
     asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory");
 }
@@ -24,9 +29,14 @@ __device__ inline u32 cluster_address(u32 shared, u32 rank) {
     return remote;
 }
 
-// A barrier in another block.
-__device__ inline void barrier_arrive_remote(u32 remote) {
-    asm volatile("mbarrier.arrive.release.cluster.shared::cluster.b64 _, [%0];" ::"r"(remote) : "memory");
+// At a barrier in another block, to say that shared memory has been read: nothing is released beyond this block, which would
+// cost a fence of the whole GPU. A predicate, not a branch, as in barrier_arrive_if.
+__device__ inline void barrier_arrive_remote_if(bool condition, u32 remote) {
+    asm volatile(
+        "{ .reg .pred p; setp.ne.b32 p, %1, 0;\n"
+        "@p mbarrier.arrive.shared::cluster.b64 _, [%0]; }" ::"r"(remote),
+        "r"(static_cast<int>(condition))
+        : "memory");
 }
 
 // Stores into another block; the bytes count on `barrier`, which lies there too.
