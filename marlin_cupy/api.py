@@ -37,8 +37,8 @@ def matmul(
     Args:
         x: float16 or bfloat16[..., K], last axis contiguous, any strides between rows. On the weight's GPU it is
             used in place on its library's current stream; a NumPy array is taken there and the result back. Where
-            explain names sm90_wgmma, x whose rows overlap or do not start at multiples of 16 bytes is multiplied by
-            sm80_gemm instead, which takes longer.
+            explain names a kernel for Hopper, x whose rows overlap or do not start at multiples of 16 bytes is
+            multiplied by sm80_gemm instead, which takes longer.
         w: the weight, logical shape (K, N).
         bias: the dtype, library and device of x, [N], contiguous; added in float32 before the one rounding.
         out: the dtype, library and device of x, [..., N]; written and returned. Not for JAX, whose arrays are
@@ -112,7 +112,8 @@ class Explanation:
     Attributes:
         kernel: name of the kernel that is used.
         config: its configuration, in words.
-        reason: why this one: the least time measured by :func:`tune`, or the least predicted.
+        reason: why this one: the least time measured by :func:`tune`, or the least predicted, where a kernel made for
+            the GPU comes before one made for all.
         floor_us: estimate of the microseconds that reading the weight takes; None on the CPU.
         candidates: what was considered, the one that is used first, then by time.
         passed_over: kernels that are not used, with the reason.
@@ -180,7 +181,10 @@ def explain(shape: Sequence[int], dtype: Any, w: QuantizedTensor, *, batch_invar
     elif problem.gpu is None:
         why = "it is the one that computes in host memory"
     else:
-        why = f"{chosen.predicted_us:.2f} us are predicted, the least of {1 + len(others)} candidates; not tuned"
+        of = f"{1 + len(others)} candidates"
+        if any(each.predicted_us < chosen.predicted_us for each in others):
+            of = f"those made for {problem.gpu.arch}"
+        why = f"{chosen.predicted_us:.2f} us are predicted, the least of {of}; not tuned"
     return Explanation(
         kernel=chosen.kernel,
         config=str(chosen.configuration),

@@ -60,7 +60,7 @@ def portable_cases(dtype: str, w: mc.QuantizedTensor, only_every: int) -> Iterat
     ]
     for largest_m, rated in found[::only_every]:
         for M in (max(1, largest_m - 3), rated.config.tokens + 1):
-            grid = sm80_gemm.grids(rated, M, w.layout, gpu())[0][1]
+            grid = sm80_gemm.grids(rated, M, w.layout, gpu(), dtype)[0][1]
             steps = grid.tiles * grid.steps
             for blocks in sorted({grid.tiles, max(1, 2 * steps // 3), steps}):
                 yield sm80_gemm.KERNEL, M, sm80_gemm.Tiling(rated.config, dataclasses.replace(grid, blocks=blocks))

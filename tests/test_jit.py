@@ -141,7 +141,7 @@ def test_every_block_has_work_and_shared_tiles_have_counters(arch: str) -> None:
         layout = asked.layout
         for m in (1, 8, 9, 64, 129, 1000, 100000):
             for rated in sm80_gemm.configs(m, asked, "float16", GPUS[arch]):
-                for predicted_us, grid in sm80_gemm.grids(rated, m, layout, GPUS[arch]):
+                for predicted_us, grid in sm80_gemm.grids(rated, m, layout, GPUS[arch], "float16"):
                     assert predicted_us > 0
                     assert 1 <= grid.blocks <= grid.tiles * grid.steps
                     assert grid.tiles * rated.config.rows * rated.config.tokens >= m * N

@@ -63,7 +63,8 @@ def test_candidates_are_sorted_and_have_names_of_their_own(arch: str) -> None:
         found = kernels.candidates(dataclasses.replace(problem(M, K, N, format=format), gpu=GPUS[arch]))
         assert found
         assert len({each.key for each in found}) == len(found)
-        assert [each.predicted_us for each in found] == sorted(each.predicted_us for each in found)
+        order = [(each.kernel == "sm80_gemm", each.predicted_us) for each in found]  # made for all: last
+        assert order == sorted(order)
         assert all(0 < each.predicted_us < np.inf for each in found)
         assert len(set(found)) == len(found)  # hashable
 
@@ -519,7 +520,7 @@ def test_warmup_compiles_each_kernel_once_and_fills_the_plans(
         return object()
 
     monkeypatch.setattr(launch, "load", load)
-    weights = [mc.quantize(gaussian(256, N, seed=1)) for N in (192, 192, 128)]
+    weights = [mc.quantize(gaussian(2048, N, seed=1)) for N in (192, 192, 128)]
     count = mc.warmup(weights, (1, 2, 16, 64))
     assert count == len(set(loaded)) >= 3
     for w in weights:

@@ -173,6 +173,19 @@ def test_the_right_kernel_is_chosen_on_an_h200() -> None:
             assert kernels.choose(problem(M, shape.K, shape.N)).kernel == "sm90_wgmma"
 
 
+def test_a_kernel_made_for_the_gpu_comes_before_one_made_for_all() -> None:
+    for name in FORMATS:
+        for dtype in HALF:
+            for K, N in ((512, 4096), (1024, 1024), (4096, 28672), (8192, 8192)):
+                for M in (1, 8, 16, 32, 64, 256, 2048):
+                    asked = problem(M, K, N, dtype=dtype, format=name, scale_dtype=dtype)
+                    found = kernels.candidates(asked)
+                    assert kernels.choose(asked).kernel in ("sm90_stream", "sm90_wgmma")
+                    assert found[-1].kernel == "sm80_gemm"  # offered, for tune to time it
+    on_ada = kernels.candidates(problem(16, gpu=GPUS["sm_89"]))
+    assert {each.kernel for each in on_ada} == {"sm80_gemm"}
+
+
 # ---- what is refused
 
 

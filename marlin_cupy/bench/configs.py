@@ -40,7 +40,7 @@ def measure() -> list[tuple[int, sm80_gemm.RatedConfig, float]]:
             found = sm80_gemm.configs(m, weights[0].spec, "float16", properties)
             graphs = {}
             for number, rated in enumerate(found):
-                grid = sm80_gemm.grids(rated, m, weights[0].layout, properties)[0][1]
+                grid = sm80_gemm.grids(rated, m, weights[0].layout, properties, "float16")[0][1]
                 tiling = sm80_gemm.Tiling(rated.config, grid)
                 plan = sm80_gemm.KERNEL.plan(Problem(m, "float16", weights[0].spec, properties), tiling)
                 steps = [functools.partial(plan.multiply, frameworks.of(x), x, w, None, y, False) for w in weights]

@@ -79,6 +79,8 @@ class Kernel(ABC):
     """One way to compute a tile; the host twin of ``cuda_src/kernels/<name>.cuh`` where it runs on a GPU."""
 
     name: str
+    #: The architecture that it is made for. Predictions choose it there before a kernel that is made for all.
+    made_for: ClassVar[str | None] = None
 
     @abstractmethod
     def refuses(self, problem: Problem) -> str | None:

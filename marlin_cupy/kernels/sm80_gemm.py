@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from marlin_cupy.device import Gpu
-from marlin_cupy.formats.scalars import FLOAT16, HALF_DTYPES
+from marlin_cupy.formats.scalars import BFLOAT16, FLOAT16, HALF_DTYPES
 from marlin_cupy.frameworks import StreamFramework
 from marlin_cupy.jit import launch
 from marlin_cupy.kernels.costs import DecodeFactors, can_scale, read_us
@@ -129,8 +129,21 @@ CONFIGS: dict[int, tuple[RatedConfig, ...]] = {
 _MOST_EXACT = 16
 #: What every launch pays.
 _LAUNCH_US = 1.6
-#: bfloat16 is taken to be like float16.
-_DECODE = DecodeFactors({("uint4", FLOAT16): 1.04, ("nf4", FLOAT16): 1.3}, fine=1.1)
+#: Those of uint4, nf4 and small granules are of an earlier version. Those of bfloat16 and int8 come from one time each
+#: on an H200, where they had been taken to be like int4 with float16: (K, N) = (4096, 28672) at M = 1, 21.6 us where
+#: 18.9 was predicted, and (8192, 8192) at M = 16, 28.6 us where 19.2 was.
+_DECODE = DecodeFactors(
+    {
+        ("int4", BFLOAT16): 1.16,
+        ("uint4", FLOAT16): 1.04,
+        ("uint4", BFLOAT16): 1.2,
+        ("nf4", FLOAT16): 1.3,
+        ("nf4", BFLOAT16): 1.3,
+        ("int8", FLOAT16): 1.5,
+        ("int8", BFLOAT16): 1.5,
+    },
+    fine=1.1,
+)
 #: How much longer it takes to read a weight than a kernel that does nothing else.
 _READ_EXCESS = 1.1
 #: What a launch pays besides when blocks share tiles: partial tiles written, counted and added up by one block.
@@ -205,7 +218,7 @@ class Tiling(CudaConfiguration):
         return f"{self.config}; {self.grid.blocks} blocks over {self.grid.tiles} tiles, {exchange}"
 
 
-def grids(rated: RatedConfig, m: int, layout: Layout, gpu: Gpu) -> list[tuple[float, Grid]]:
+def grids(rated: RatedConfig, m: int, layout: Layout, gpu: Gpu, dtype: str) -> list[tuple[float, Grid]]:
     """(predicted microseconds, grid), the best first: a block per tile, shares of a tile, or stripes over all slots."""
     config = rated.config
     slabs_n, slabs_k, slab_bytes = layout.packed_shape
@@ -213,7 +226,7 @@ def grids(rated: RatedConfig, m: int, layout: Layout, gpu: Gpu) -> list[tuple[fl
     tiles = tiles_m * -(-slabs_n * SLAB_N // config.rows)
     steps = -(-slabs_k * SLAB_K // config.k)
     slots = gpu.sm_count * config.blocks_per_sm
-    step_us = config.rows * config.k / (SLAB_N * SLAB_K) * rated.slab_ns / 1000 * _DECODE(layout, FLOAT16)
+    step_us = config.rows * config.k / (SLAB_N * SLAB_K) * rated.slab_ns / 1000 * _DECODE(layout, dtype)
     least_us = _READ_EXCESS * read_us(slabs_n * slabs_k * slab_bytes, gpu)
 
     def predicted_us(blocks: int) -> float:
@@ -309,7 +322,7 @@ class Sm80Gemm(CudaKernel):
         return [
             Candidate(self.name, Tiling(rated.config, grid), predicted_us)
             for rated in configs(m, problem.spec, problem.dtype, gpu)
-            for predicted_us, grid in grids(rated, m, layout, gpu)[:_GRIDS_OFFERED]
+            for predicted_us, grid in grids(rated, m, layout, gpu, problem.dtype)[:_GRIDS_OFFERED]
         ]
 
     def variants(self, spec: Spec, dtype: str, gpu: Gpu) -> Iterator[tuple[str, str]]:

@@ -272,6 +272,7 @@ class Sm90Stream(CudaKernel):
     """Up to 16 rows on Hopper, every format and group size."""
 
     name = "sm90_stream"
+    made_for = _ARCH
     plan_type = StreamPlan
 
     def refuses(self, problem: Problem) -> str | None:

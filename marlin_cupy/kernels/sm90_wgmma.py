@@ -426,6 +426,7 @@ class Sm90Wgmma(CudaKernel):
     """Any number of rows on Hopper, every format and group size; the only one on a GPU that can be batch invariant."""
 
     name = "sm90_wgmma"
+    made_for = _ARCH
     plan_type = WgmmaPlan
 
     def refuses(self, problem: Problem) -> str | None:
