@@ -170,7 +170,7 @@ def explain(shape: Sequence[int], dtype: Any, w: QuantizedTensor, *, batch_invar
     chosen = kernels.choose(problem)
     us = tuned.times(problem)
     reasons = {
-        other: reason or f"serves this too, {chosen.kernel} takes less time"
+        other: reason or f"serves this too, {chosen.kernel} is preferred"
         for other, reason in kernels.refusals(problem).items()
         if other != chosen.kernel
     }

@@ -11,7 +11,7 @@ import math
 from dataclasses import dataclass
 
 from marlin_cupy.device import Gpu
-from marlin_cupy.formats.scalars import FLOAT16
+from marlin_cupy.formats.scalars import FLOAT16, HALF_DTYPES
 from marlin_cupy.kernels.problem import Problem
 from marlin_cupy.layout import Layout
 from marlin_cupy.tensor import Spec
@@ -32,18 +32,17 @@ class DecodeFactors:
     """How much longer a kernel takes for a slab than for one of int4 with float16 and granules of 64 or 128.
 
     Attributes:
-        formats: by (format, dtype of the activations); as long where one is not listed.
+        formats: by format, with float16 and with bfloat16 activations; as long where a format is not listed.
         fine: where granules are 32 or less.
     """
 
-    formats: dict[tuple[str, str], float]
+    formats: dict[str, tuple[float, float]]
     fine: float
 
     def __call__(self, layout: Layout, dtype: str) -> float:
         """The factor for slabs of ``layout``."""
-        return self.formats.get((layout.format.name, dtype), 1.0) * (
-            self.fine if layout.granule <= _FINE_GRANULE else 1
-        )
+        factor = self.formats.get(layout.format.name, (1.0, 1.0))[HALF_DTYPES.index(dtype)]
+        return factor * self.fine if layout.granule <= _FINE_GRANULE else factor
 
 
 def read_us(nbytes: int, gpu: Gpu) -> float:

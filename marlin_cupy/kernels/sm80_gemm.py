@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from marlin_cupy.device import Gpu
-from marlin_cupy.formats.scalars import BFLOAT16, FLOAT16, HALF_DTYPES
+from marlin_cupy.formats.scalars import HALF_DTYPES
 from marlin_cupy.frameworks import StreamFramework
 from marlin_cupy.jit import launch
 from marlin_cupy.kernels.costs import DecodeFactors, can_scale, read_us
@@ -129,21 +129,10 @@ CONFIGS: dict[int, tuple[RatedConfig, ...]] = {
 _MOST_EXACT = 16
 #: What every launch pays.
 _LAUNCH_US = 1.6
-#: Those of uint4, nf4 and small granules are of an earlier version. Those of bfloat16 and int8 come from one time each
-#: on an H200, where they had been taken to be like int4 with float16: (K, N) = (4096, 28672) at M = 1, 21.6 us where
-#: 18.9 was predicted, and (8192, 8192) at M = 16, 28.6 us where 19.2 was.
-_DECODE = DecodeFactors(
-    {
-        ("int4", BFLOAT16): 1.16,
-        ("uint4", FLOAT16): 1.04,
-        ("uint4", BFLOAT16): 1.2,
-        ("nf4", FLOAT16): 1.3,
-        ("nf4", BFLOAT16): 1.3,
-        ("int8", FLOAT16): 1.5,
-        ("int8", BFLOAT16): 1.5,
-    },
-    fine=1.1,
-)
+#: Those of uint4, nf4 and small granules with float16 are of an earlier version. With 1, int4 with bfloat16 took 21.6
+#: us where 18.9 was predicted, (K, N) = (4096, 28672), M = 1, on an H200, and int8 28.6 us where 19.2 was, (8192, 8192),
+#: M = 16; 1.5 predicts 23.2 there. uint4 with bfloat16 is a guess.
+_DECODE = DecodeFactors({"int4": (1.0, 1.16), "uint4": (1.04, 1.2), "nf4": (1.3, 1.3), "int8": (1.5, 1.5)}, fine=1.1)
 #: How much longer it takes to read a weight than a kernel that does nothing else.
 _READ_EXCESS = 1.1
 #: What a launch pays besides when blocks share tiles: partial tiles written, counted and added up by one block.

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from marlin_cupy.device import Gpu
-from marlin_cupy.formats.scalars import BFLOAT16, FLOAT16, HALF_DTYPES
+from marlin_cupy.formats.scalars import HALF_DTYPES
 from marlin_cupy.frameworks import StreamFramework
 from marlin_cupy.jit import launch
 from marlin_cupy.kernels import copy_engine
@@ -116,28 +116,8 @@ COSTS = {
 }
 #: By the largest M too; fitted to six of these layers, M = 1, 8 and 16.
 _DECODE = {
-    8: DecodeFactors(
-        {
-            ("int4", BFLOAT16): 1.24,
-            ("uint4", BFLOAT16): 1.24,
-            ("nf4", FLOAT16): 1.8,
-            ("nf4", BFLOAT16): 1.8,
-            ("int8", FLOAT16): 1.16,
-            ("int8", BFLOAT16): 1.16,
-        },
-        fine=1.24,
-    ),
-    16: DecodeFactors(
-        {
-            ("int4", BFLOAT16): 1.1,
-            ("uint4", BFLOAT16): 1.1,
-            ("nf4", FLOAT16): 1.35,
-            ("nf4", BFLOAT16): 1.35,
-            ("int8", FLOAT16): 1.08,
-            ("int8", BFLOAT16): 1.08,
-        },
-        fine=1.32,
-    ),
+    8: DecodeFactors({"int4": (1.0, 1.24), "uint4": (1.0, 1.24), "nf4": (1.8, 1.8), "int8": (1.16, 1.16)}, fine=1.24),
+    16: DecodeFactors({"int4": (1.0, 1.1), "uint4": (1.0, 1.1), "nf4": (1.35, 1.35), "int8": (1.08, 1.08)}, fine=1.32),
 }
 #: What half a slab takes of the time of a slab.
 _HALF = 0.59

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from marlin_cupy.device import Gpu
-from marlin_cupy.formats.scalars import BFLOAT16, FLOAT16, HALF_DTYPES
+from marlin_cupy.formats.scalars import FLOAT16, HALF_DTYPES
 from marlin_cupy.frameworks import StreamFramework
 from marlin_cupy.jit import launch
 from marlin_cupy.kernels import copy_engine
@@ -120,7 +120,7 @@ class RatedConfig:
 # weights, the candidates of a cell in turns, by a script that is not in the tree. Of the candidates measured (up to
 # fourteen that an earlier fit put first), what is predicted to be best takes longer than the best by 0.2 % on average
 # and 7 % at worst up to M = 128, by 0.5 % and 7 % above, where the clock depends on the power drawn. Of some 80 tiles
-# these are left; without any of them some cell of the eight layers would lose a per cent or more.
+# these are left; without any of them some cell would lose about a per cent or more.
 #: The tiles to choose from, for any M.
 CONFIGS = (
     RatedConfig(Config(1, 2, 1, 16, 8, 2), 155),
@@ -188,20 +188,11 @@ _SHARE_BYTES = 64 << 10
 _ALL_NS, _ALL_BYTES_PER_NS = 3.9, 11.9e3
 #: SMs of the GPU that these are of.
 _SMS = 132
-#: Nanoseconds of decoding 64 outputs of a slab, which other formats lengthen. The factors were fitted with this, to six
-#: of these layers, M = 16, 64 and 256.
+#: Nanoseconds of decoding 64 outputs of a slab, which other formats lengthen. The factors were fitted with this to six
+#: of these layers, M = 16, 64 and 256, before the times of the tiles above, and rounded.
 _DECODE_NS = 155
 _DECODE = DecodeFactors(
-    {
-        ("int4", BFLOAT16): 1.06,
-        ("uint4", FLOAT16): 1.08,
-        ("uint4", BFLOAT16): 1.08,
-        ("nf4", FLOAT16): 1.4,
-        ("nf4", BFLOAT16): 1.36,
-        ("int8", FLOAT16): 1.36,
-        ("int8", BFLOAT16): 1.36,
-    },
-    fine=1.1,
+    {"int4": (1.0, 1.06), "uint4": (1.08, 1.08), "nf4": (1.4, 1.36), "int8": (1.36, 1.36)}, fine=1.1
 )
 #: What each further wave of blocks pays to start, where more blocks are launched than fit.
 _WAVE_US = 2.6
