@@ -129,9 +129,9 @@ CONFIGS: dict[int, tuple[RatedConfig, ...]] = {
 _MOST_EXACT = 16
 #: What every launch pays.
 _LAUNCH_US = 1.6
-#: Those of uint4, nf4 and small granules with float16 are of an earlier version. With 1, int4 with bfloat16 took 21.6
-#: us where 18.9 was predicted, (K, N) = (4096, 28672), M = 1, on an H200, and int8 28.6 us where 19.2 was, (8192, 8192),
-#: M = 16; 1.5 predicts 23.2 there. uint4 with bfloat16 is a guess.
+#: Those of uint4, nf4 and small granules with float16 are of an earlier version. With 1 on an H200, int4 with bfloat16
+#: took 21.6 us where 18.9 was predicted ((K, N) = (4096, 28672), M = 1), and int8 28.6 us where 19.2 was ((8192, 8192),
+#: M = 16; 1.5 predicts 23.2 there). uint4 with bfloat16 is a guess.
 _DECODE = DecodeFactors({"int4": (1.0, 1.16), "uint4": (1.04, 1.2), "nf4": (1.3, 1.3), "int8": (1.5, 1.5)}, fine=1.1)
 #: How much longer it takes to read a weight than a kernel that does nothing else.
 _READ_EXCESS = 1.1
