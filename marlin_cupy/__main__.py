@@ -386,6 +386,7 @@ def bench(
         float | None, typer.Option("--sample-ms", help="Length of a sample, 12 by default; 400 lets the clock settle.")
     ] = None,
     batch_invariant: Annotated[bool, typer.Option("--batch-invariant", help="Ours with batch_invariant=True.")] = False,
+    kernel: Annotated[str | None, typer.Option(help="Time this kernel of ours, chosen or not.")] = None,
 ) -> None:
     """Time this machine's GPU: our kernels, cuBLAS, the read floor and what else is installed."""
     layers: list[tuple[str, int, int]] | None = [shapes.parse(text) for text in shape] if shape else None
@@ -397,7 +398,7 @@ def bench(
         run = importlib.import_module("marlin_cupy.bench.run").run  # with matplotlib, which no other command needs
     except ImportError as error:
         raise ImportError(f"bench needs {error.name}; pip install 'marlin_cupy[bench]'.") from error
-    code: int = run(layers, m, format, group_size, dtype, output, quick, launch, sample_ms, batch_invariant)
+    code: int = run(layers, m, format, group_size, dtype, output, quick, launch, sample_ms, batch_invariant, kernel)
     raise typer.Exit(code)
 
 

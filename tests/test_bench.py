@@ -36,6 +36,7 @@ from marlin_cupy.bench.report import Report, Row
 from marlin_cupy.bench.shapes import Shape
 from marlin_cupy.device import Gpu
 from marlin_cupy.jit import compile as nvrtc
+from marlin_cupy.kernels import reference
 from marlin_cupy.timing import Replay, Run, Sampling
 
 ARCHS = ("sm_80", "sm_86", "sm_89", "sm_90a", "sm_100a", "sm_120a")
@@ -587,6 +588,7 @@ def host(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(module, "import_cupy", lambda purpose: cupy)
     monkeypatch.setattr(contenders, "_normal", lambda: normal)
     monkeypatch.setattr(contenders, "matmul", on_stream(contenders.matmul))
+    monkeypatch.setattr(reference.ReferencePlan, "multiply", on_stream(reference.ReferencePlan.multiply))
     monkeypatch.setattr(contenders, "cublas_missing", lambda: None)
     monkeypatch.setattr(contenders.read_floor, "fastest", lambda gpu, buffers, stream, time, dependent: HostReader())
     monkeypatch.setattr(run, "gpu_count", lambda: 1)
@@ -667,6 +669,17 @@ def test_ours_can_be_batch_invariant(host: None, tmp_path: Path, monkeypatch: py
     assert seen
     assert all(options["batch_invariant"] for options in seen)
     assert "batch_invariant=True" in Report.load(tmp_path / "bench.json").header["contenders"][OURS]
+
+
+def test_ours_can_be_a_named_kernel(host: None, tmp_path: Path) -> None:
+    assert run.run([("small", 128, 64)], [1, 5], None, None, "float16", tmp_path, True, kernel="reference") == 0
+    found = Report.load(tmp_path / "bench.json")
+    assert [(row.kernel, row.wrong) for row in found.rows] == [("reference", [])] * 2
+    assert "by reference, whichever kernel would be chosen" in found.header["contenders"][OURS]
+    with pytest.raises(ValueError, match="sm90_stream does not serve M = 1: it runs on a GPU"):
+        run.run([("small", 128, 64)], [1], None, None, "float16", None, True, kernel="sm90_stream")
+    with pytest.raises(ValueError, match="kernel is 'sm91'; use one of sm90_stream, "):
+        run.run([("small", 128, 64)], [1], None, None, "float16", None, True, kernel="sm91")
 
 
 def test_a_result_that_is_not_written_is_wrong(

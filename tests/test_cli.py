@@ -183,9 +183,11 @@ def test_bench_hands_its_options_on(monkeypatch: pytest.MonkeyPatch, tmp_path: P
     monkeypatch.setitem(sys.modules, "marlin_cupy.bench.run", stub)
     options = ["--m", "1", "--m", "16", "--format", "nf4", "--group-size", "64", "--dtype", "bfloat16", "--quick"]
     options += ["--launch", "plain", "--launch", "dependent", "--sample-ms", "400", "--batch-invariant"]
+    options += ["--kernel", "sm80_gemm"]
     run("bench", "--shape", "qkv=4096x6144", "--shape", "o=64x96", *options, "--output", tmp_path, code=7)
     layers, launches = [("qkv", 4096, 6144), ("o", 64, 96)], ["plain", "dependent"]
-    assert calls == [(layers, [1, 16], ["nf4"], 64, "bfloat16", Path(tmp_path), True, launches, 400.0, True)]
+    what = layers, [1, 16], ["nf4"], 64, "bfloat16", Path(tmp_path), True, launches, 400.0, True, "sm80_gemm"
+    assert calls == [what]
 
 
 def test_bench_names_its_extra(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -217,6 +219,7 @@ REFUSALS = {
     "bench --format int3": "unknown format 'int3'",
     "bench --dtype float32": "dtype is 'float32'",
     "bench --launch early": "launch is early; use plain or dependent",
+    "bench --kernel sm91": "kernel is 'sm91'; use one of sm90_stream, sm90_wgmma, sm80_gemm",
     "bench --sample-ms 0": "sample_ms is 0; use a number of milliseconds above 0",
 }
 

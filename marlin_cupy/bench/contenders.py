@@ -16,11 +16,13 @@ from typing import Any
 import ml_dtypes
 import numpy
 
-from marlin_cupy.api import Explanation, explain, matmul
+from marlin_cupy import frameworks, kernels
+from marlin_cupy.api import matmul, problem_of
 from marlin_cupy.bench import read_floor
 from marlin_cupy.bench.shapes import Shape
 from marlin_cupy.device import Gpu, import_cupy, namespace
 from marlin_cupy.formats.scalars import BFLOAT16, FLOAT16, from_bits, to_bits
+from marlin_cupy.kernels import Candidate
 from marlin_cupy.tensor import QuantizedTensor, quantize
 from marlin_cupy.timing import CupyRun, EventTimer, Replay, Run, copies, is_cold
 
@@ -53,6 +55,7 @@ class Setup:
     gpu: Gpu
     stream: Any  # a CuPy stream that is not the default one; everything runs on it
     batch_invariant: bool = False  # ours
+    kernel: str | None = None  # ours; the one that is chosen if None
 
 
 class Contender(ABC):
@@ -106,28 +109,45 @@ class Ours(Contender):
         self.description = f"marlin_cupy.matmul, {setup.format} weights with {setup.dtype} scales, out= given"
         if setup.batch_invariant:
             self.description += ", batch_invariant=True"
+        if setup.kernel is not None:
+            self.description += f", by {setup.kernel}, whichever kernel would be chosen"
         self.tolerance = TOLERANCE[setup.dtype]
         self._setup = setup
 
     def details(self, m: int, dependent: bool) -> tuple[str, str]:
-        """From :func:`marlin_cupy.explain`."""
-        found = self._explain(m)
-        return found.kernel, found.config
+        """The candidate that runs."""
+        found = self._candidate(m)
+        return found.kernel, str(found.configuration)
 
     def has_dependent_launch(self, m: int) -> bool:
         """Whether the kernel for M rows has dependent launches."""
-        return self._explain(m).dependent
+        return self._candidate(m).configuration.dependent
 
-    def _explain(self, m: int) -> Explanation:
-        return explain(
-            (m, self._setup.shape.K), self._setup.dtype, self.weights[0], batch_invariant=self._setup.batch_invariant
-        )
+    def _candidate(self, m: int) -> Candidate:
+        """The one that matmul chooses, or the named kernel's best; ValueError where that does not serve M rows."""
+        setup = self._setup
+        problem = problem_of(self.weights[0], m, setup.dtype, setup.batch_invariant)
+        if setup.kernel is None:
+            return kernels.choose(problem)
+        found = [each for each in kernels.candidates(problem) if each.kernel == setup.kernel]
+        if not found:
+            raise ValueError(f"{setup.kernel} does not serve M = {m}: it {kernels.refusals(problem)[setup.kernel]}.")
+        return found[0]
 
     def run(self, m: int, dependent: bool) -> Run:
         """One launch per weight copy, all with the same x and y."""
         x, y = _activations(self._setup, m)
-        options = {"dependent": dependent, "batch_invariant": self._setup.batch_invariant}
-        steps = [functools.partial(matmul, x, weight, None, y, **options) for weight in self.weights]
+        if self._setup.kernel is None:
+            options = {"dependent": dependent, "batch_invariant": self._setup.batch_invariant}
+            steps = [functools.partial(matmul, x, weight, None, y, **options) for weight in self.weights]
+        else:
+            plan = kernels.plan(
+                problem_of(self.weights[0], m, self._setup.dtype, self._setup.batch_invariant), self._candidate(m)
+            )
+            steps = [
+                functools.partial(plan.multiply, frameworks.of(x), x, weight, None, y, dependent)
+                for weight in self.weights
+            ]
         return CupyRun(self._setup.stream, steps, functools.partial(_error, self._setup.dtype, x, y, self._dense))
 
     @functools.cached_property

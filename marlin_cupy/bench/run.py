@@ -12,6 +12,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from marlin_cupy import formats as registry
+from marlin_cupy import kernels
 from marlin_cupy.bench import contenders_torch, report
 from marlin_cupy.bench import shapes as layers
 from marlin_cupy.bench.contenders import (
@@ -50,6 +51,7 @@ def run(
     launches: list[str] | None = None,
     sample_ms: float | None = None,
     batch_invariant: bool = False,
+    kernel: str | None = None,
 ) -> int:
     """Measure, print a table, write files.
 
@@ -67,16 +69,22 @@ def run(
         sample_ms: length of a sample, 12 ms (6 if quick) if None. A GPU at its power limit needs a few hundred to
             settle at the clock that goes with what runs; contenders that take turns by 12 ms share one.
         batch_invariant: as in :func:`marlin_cupy.matmul`, for ours.
+        kernel: name of the kernel that ours is, with its best predicted configuration; the one that matmul chooses
+            if None.
 
     Returns:
         The exit code: 1 without a GPU or where a check failed, else 0.
 
     Raises:
-        ValueError: a format, shape, group size or way to launch that does not exist.
+        ValueError: a format, shape, group size, kernel or way to launch that does not exist, or a kernel that does
+            not serve one of ``ms``.
     """
     kinds = list(dict.fromkeys(launches or [PLAIN]))
     if not set(kinds) <= {PLAIN, DEPENDENT}:
         raise ValueError(f"launch is {', '.join(kinds)}; use {PLAIN} or {DEPENDENT}.")
+    names_of_kernels = [each.name for each in kernels.KERNELS]
+    if kernel is not None and kernel not in names_of_kernels:
+        raise ValueError(f"kernel is {kernel!r}; use one of {', '.join(names_of_kernels)}.")
     sampling = QUICK_SAMPLING if quick else Sampling()
     if sample_ms is not None:
         if not 0 < sample_ms < math.inf:
@@ -103,7 +111,7 @@ def run(
         for shape in chosen:
             for name in names:
                 progress.update(task, description=f"{shape.name} {name}: weights")
-                setup = Setup(shape, name, group_sizes[name], dtype, gpu(0), stream, batch_invariant)
+                setup = Setup(shape, name, group_sizes[name], dtype, gpu(0), stream, batch_invariant, kernel)
                 for m, rows in _layer(setup, m_values, kinds, sampling, quick, found.header["contenders"]):
                     found.rows.extend(rows)
                     progress.update(task, advance=1, description=f"{shape.name} {name}: M = {m}")

@@ -71,7 +71,7 @@ class TorchFramework(StreamFramework):
             return torch.from_numpy(native.view(numpy.int16)).view(torch.bfloat16)
         if isinstance(native, numpy.ndarray):
             return torch.from_numpy(native)
-        return torch.from_dlpack(native)
+        return torch.utils.dlpack.from_dlpack(native)
 
     def pointer(self, array: Any) -> int:
         """Device address of the first element."""
