@@ -14,9 +14,8 @@ from marlin_cupy.frameworks import StreamFramework
 from marlin_cupy.jit import tensor_map
 from marlin_cupy.kernels import sm80_gemm
 from marlin_cupy.kernels.cuda import CudaConfiguration, CudaPlan
-from marlin_cupy.kernels.operands import Rows
+from marlin_cupy.kernels.operands import Rows, Weight
 from marlin_cupy.kernels.problem import Problem
-from marlin_cupy.tensor import QuantizedTensor
 
 _BYTES = 16  # what addresses are multiples of
 _BOX_K = 64  # K of a row of x in shared memory: 128 bytes, its swizzle's width
@@ -48,11 +47,9 @@ class CopyEnginePlan(CudaPlan[C]):
         best = min(found, key=lambda candidate: candidate.predicted_us)
         return sm80_gemm.KERNEL.plan(self.problem, best.configuration)
 
-    def enqueue(
-        self, framework: StreamFramework, x: Rows, w: QuantizedTensor, bias: int, y: Rows, dependent: bool
-    ) -> None:
+    def enqueue(self, framework: StreamFramework, x: Rows, w: Weight, bias: int, y: Rows, dependent: bool) -> None:
         """Launch. ValueError for x that the copy engine cannot read, where batch_invariant rules sm80_gemm out."""
-        if x.start_at(_BYTES) and (x.number == 1 or x.stride >= w.shape[0]):
+        if x.start_at(_BYTES) and (x.number == 1 or x.stride >= self.problem.spec.shape[0]):
             self.launch(framework, x, w, bias, y, dependent)
         elif self.problem.batch_invariant:
             raise ValueError(
@@ -64,7 +61,5 @@ class CopyEnginePlan(CudaPlan[C]):
             self.portable.enqueue(framework, x, w, bias, y, dependent)
 
     @abstractmethod
-    def launch(
-        self, framework: StreamFramework, x: Rows, w: QuantizedTensor, bias: int, y: Rows, dependent: bool
-    ) -> None:
+    def launch(self, framework: StreamFramework, x: Rows, w: Weight, bias: int, y: Rows, dependent: bool) -> None:
         """Launch for an x that the copy engine can read."""

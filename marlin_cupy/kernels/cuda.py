@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from typing import Any, ClassVar, Generic, TypeVar
@@ -10,10 +11,10 @@ from typing import Any, ClassVar, Generic, TypeVar
 from marlin_cupy.device import Gpu
 from marlin_cupy.frameworks import Framework, StreamFramework
 from marlin_cupy.jit import launch, source
-from marlin_cupy.kernels.operands import Rows
+from marlin_cupy.kernels.operands import Rows, Weight
 from marlin_cupy.kernels.problem import Configuration, Kernel, Plan, Problem
 from marlin_cupy.layout import Layout
-from marlin_cupy.tensor import QuantizedTensor, Spec
+from marlin_cupy.tensor import Spec
 
 #: The driver's share of the shared memory of each block.
 RESERVED_SHARED = 1024
@@ -83,24 +84,27 @@ class CudaPlan(Plan, Generic[C]):
     def __str__(self) -> str:
         return str(self.configuration)
 
+    @functools.cached_property
+    def layout(self) -> Layout:
+        """That of the weight."""
+        return self.problem.spec.layout
+
     def multiply(
-        self, framework: Framework, x: Any, w: QuantizedTensor, bias: Any | None, out: Any | None, dependent: bool
+        self, framework: Framework, x: Any, w: Weight, bias: Any | None, out: Any | None, dependent: bool
     ) -> Any:
         """Enqueue on the current stream of ``framework``."""
         assert isinstance(framework, StreamFramework)
         m = self.problem.M
         y = out
         if y is None:
-            y = framework.empty((*x.shape[:-1], w.shape[1]), framework.dtype(x), w.device)
+            y = framework.empty((*x.shape[:-1], self.problem.spec.shape[1]), self.problem.dtype, w.device)
         if m > 0:
             bias_pointer = 0 if bias is None else framework.pointer(bias)
             self.enqueue(framework, Rows.of(framework, x, m), w, bias_pointer, Rows.of(framework, y, m), dependent)
         return y
 
     @abstractmethod
-    def enqueue(
-        self, framework: StreamFramework, x: Rows, w: QuantizedTensor, bias: int, y: Rows, dependent: bool
-    ) -> None:
+    def enqueue(self, framework: StreamFramework, x: Rows, w: Weight, bias: int, y: Rows, dependent: bool) -> None:
         """Launch for one row of x or more; ``bias`` is an address, 0 where there is none."""
 
 

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 from marlin_cupy.device import Device
 from marlin_cupy.frameworks import StreamFramework
 from marlin_cupy.jit import launch
+from marlin_cupy.writes import Writes
 
 
 class Rows(NamedTuple):
@@ -31,6 +32,35 @@ class Rows(NamedTuple):
     def start_at(self, nbytes: int) -> bool:
         """Whether every row starts at a multiple of so many bytes."""
         return self.pointer % nbytes == 0 and (self.number == 1 or 2 * self.stride % nbytes == 0)
+
+
+class Weight(Protocol):
+    """What a launch asks of a packed weight besides its spec, which the plan knows: a QuantizedTensor, for instance."""
+
+    @property
+    def pointer(self) -> int:
+        """Device address of the packed buffer."""
+
+    @property
+    def factors_pointer(self) -> int:
+        """Device address of its range factors, see Layout.range_factors."""
+
+    @property
+    def device(self) -> Device:
+        """The GPU that both are on."""
+
+    @property
+    def writes(self) -> Writes:
+        """The record of that GPU."""
+
+
+class PackedWeight(NamedTuple):
+    """A :class:`Weight` of which nothing but its addresses is known."""
+
+    pointer: int
+    factors_pointer: int
+    device: Device
+    writes: Writes
 
 
 class Exchange(NamedTuple):

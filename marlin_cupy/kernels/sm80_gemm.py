@@ -13,10 +13,10 @@ from marlin_cupy.frameworks import StreamFramework
 from marlin_cupy.jit import launch
 from marlin_cupy.kernels.costs import DecodeFactors, can_scale, read_us
 from marlin_cupy.kernels.cuda import Block, CudaConfiguration, CudaKernel, CudaPlan, shared_budget
-from marlin_cupy.kernels.operands import Exchange, Rows
+from marlin_cupy.kernels.operands import Exchange, Rows, Weight
 from marlin_cupy.kernels.problem import Candidate, Problem
 from marlin_cupy.layout import HALF_N, SLAB_K, SLAB_N, Layout
-from marlin_cupy.tensor import QuantizedTensor, Spec
+from marlin_cupy.tensor import Spec
 
 _MIN_ARCH = 80
 #: struct Args of the twin: seven pointers, two strides, nine ints.
@@ -249,16 +249,13 @@ def grids(rated: RatedConfig, m: int, layout: Layout, gpu: Gpu, dtype: str) -> l
 class Sm80Plan(CudaPlan[Tiling]):
     """Plain launches only."""
 
-    def enqueue(
-        self, framework: StreamFramework, x: Rows, w: QuantizedTensor, bias: int, y: Rows, dependent: bool
-    ) -> None:
+    def enqueue(self, framework: StreamFramework, x: Rows, w: Weight, bias: int, y: Rows, dependent: bool) -> None:
         """Launch."""
         config, grid = self.configuration.config, self.configuration.grid
         stream = framework.stream(w.device)
         floats = 2 * grid.blocks * config.rows * config.tokens
         exchange = Exchange.of(framework, w.device, stream, floats, grid.tiles if grid.is_cut else 0)
-        K, N = w.shape
-        slabs_n, slabs_k, _ = w.layout.packed_shape
+        slabs_n, slabs_k, _ = self.layout.packed_shape
         _ARGS.pack_into(
             _ARGUMENTS.data,
             0,
@@ -272,8 +269,8 @@ class Sm80Plan(CudaPlan[Tiling]):
             x.stride,
             y.stride,
             x.number,
-            N,
-            K,
+            self.layout.N,
+            self.layout.K,
             slabs_n,
             slabs_k,
             grid.tiles_m,

@@ -17,10 +17,10 @@ from marlin_cupy.kernels import copy_engine
 from marlin_cupy.kernels.copy_engine import CopyEnginePlan
 from marlin_cupy.kernels.costs import DecodeFactors, overlapped_us, read_us
 from marlin_cupy.kernels.cuda import Block, CudaConfiguration, CudaKernel, shared_budget
-from marlin_cupy.kernels.operands import Rows
+from marlin_cupy.kernels.operands import Rows, Weight
 from marlin_cupy.kernels.problem import Candidate, Problem
 from marlin_cupy.layout import SLAB_K, SLAB_N, Layout
-from marlin_cupy.tensor import QuantizedTensor, Spec
+from marlin_cupy.tensor import Spec
 
 #: struct Args of the twin: a tensor map, three pointers, a stride, seven ints; its size is a multiple of 64.
 _ARGS = struct.Struct("=128s3Qq7i4x")
@@ -217,12 +217,10 @@ class StreamPlan(CopyEnginePlan[Streams]):
         assert self.problem.gpu is not None
         return dependent_shared_bytes(self.configuration.config, self.problem.spec.layout, self.problem.gpu)
 
-    def launch(
-        self, framework: StreamFramework, x: Rows, w: QuantizedTensor, bias: int, y: Rows, dependent: bool
-    ) -> None:
+    def launch(self, framework: StreamFramework, x: Rows, w: Weight, bias: int, y: Rows, dependent: bool) -> None:
         """Launch."""
         config, clusters = self.configuration.config, self.configuration.clusters
-        all_tiles = tiles(config, w.layout)
+        all_tiles = tiles(config, self.layout)
         _ARGS.pack_into(
             _ARGUMENTS.data,
             0,
@@ -232,9 +230,9 @@ class StreamPlan(CopyEnginePlan[Streams]):
             y.pointer,
             y.stride,
             x.number,
-            w.shape[1],
+            self.layout.N,
             all_tiles,
-            w.layout.packed_shape[1],
+            self.layout.packed_shape[1],
             -(-all_tiles // clusters),
             y.start_at(8),
             dependent,

@@ -20,10 +20,10 @@ from marlin_cupy.kernels import copy_engine
 from marlin_cupy.kernels.copy_engine import CopyEnginePlan
 from marlin_cupy.kernels.costs import DecodeFactors, can_scale, overlapped_us, read_us
 from marlin_cupy.kernels.cuda import Block, CudaConfiguration, CudaKernel, shared_budget
-from marlin_cupy.kernels.operands import Exchange, Rows
+from marlin_cupy.kernels.operands import Exchange, Rows, Weight
 from marlin_cupy.kernels.problem import Candidate, Problem
 from marlin_cupy.layout import SLAB_K, SLAB_N, Layout
-from marlin_cupy.tensor import QuantizedTensor, Spec
+from marlin_cupy.tensor import Spec
 
 #: struct Args of the twin: a tensor map, six pointers, a stride, twelve ints; its size is a multiple of 64.
 _ARGS = struct.Struct("=128s6Qq12i24x")
@@ -359,15 +359,13 @@ def invariant_split(layout: Layout, gpu: Gpu) -> tuple[int, int]:
 class WgmmaPlan(CopyEnginePlan[Tiling]):
     """Plain and dependent launches."""
 
-    def launch(
-        self, framework: StreamFramework, x: Rows, w: QuantizedTensor, bias: int, y: Rows, dependent: bool
-    ) -> None:
+    def launch(self, framework: StreamFramework, x: Rows, w: Weight, bias: int, y: Rows, dependent: bool) -> None:
         """Launch."""
         config, grid = self.configuration.config, self.configuration.grid
         stream = framework.stream(w.device)
         floats = 2 * grid.blocks * config.rows * config.tokens
         exchange = Exchange.of(framework, w.device, stream, floats, grid.shared_tiles)
-        slabs_n, slabs_k, _ = w.layout.packed_shape
+        slabs_n, slabs_k, _ = self.layout.packed_shape
         _ARGS.pack_into(
             _ARGUMENTS.data,
             0,
@@ -380,7 +378,7 @@ class WgmmaPlan(CopyEnginePlan[Tiling]):
             exchange.counters,
             y.stride,
             x.number,
-            w.shape[1],
+            self.layout.N,
             slabs_n,
             grid.tiles_m,
             grid.tiles // grid.tiles_m,
