@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-from marlin_cupy import frameworks, kernels
+from marlin_cupy import compilers, frameworks, kernels
 from marlin_cupy.device import CPU, Device, gpu, import_cupy
 from marlin_cupy.errors import DeviceError
 from marlin_cupy.formats.scalars import HALF_DTYPES
@@ -63,14 +63,15 @@ def matmul(
     if not isinstance(w, QuantizedTensor):
         raise TypeError(f"w is a {type(w).__name__}; pass a QuantizedTensor, from quantize, pack or load.")
     framework, x = frameworks.resolve(x)
-    framework.refuse_gradient(x, "x")
-    device = framework.device(x)
     dtype = framework.dtype(x)
     if dtype not in HALF_DTYPES:
         raise ValueError(f"x is {dtype}; use {' or '.join(HALF_DTYPES)}, for instance x.astype({HALF_DTYPES[0]!r}).")
     K, N = w.shape
     if len(x.shape) == 0 or x.shape[-1] != K:
         raise ValueError(f"x has shape {tuple(x.shape)} and the weight (K={K}, N={N}); x must be (..., {K}).")
+    if framework.follows(x, w.packed, bias):
+        return _followed(framework, x, w, bias, out, batch_invariant, dependent)
+    device = framework.device(x)
     if bias is not None:
         bias = _checked(framework, bias, "bias", (N,), dtype, device)
     target = None if out is None else _checked(framework, out, "out", (*x.shape[:-1], N), dtype, device)
@@ -87,6 +88,17 @@ def matmul(
     else:
         y = _through_cupy(framework, x, w, bias, target, batch_invariant, dependent)
     return y if out is None else out
+
+
+def _followed(
+    framework: Framework, x: Array, w: QuantizedTensor, bias: Any, out: Any, batch_invariant: bool, dependent: bool
+) -> Array:
+    """For arrays that a compiler traces or automatic differentiation follows."""
+    if out is not None:
+        raise TypeError(f"out was given and {framework.name} follows this product; use what matmul returns instead.")
+    if bias is not None:
+        bias = _matching(framework, bias, "bias", (w.shape[1],), framework.dtype(x))
+    return compilers.of(framework).matmul(x, w, bias, batch_invariant, dependent)
 
 
 class Considered(NamedTuple):
@@ -257,16 +269,21 @@ def _checked(
     framework: Framework, array: Array, role: str, shape: tuple[int, ...], dtype: str, device: Device
 ) -> Array:
     """``array`` if it matches x and has ``shape``; TypeError, ValueError or DeviceError otherwise."""
+    array = _matching(framework, array, role, shape, dtype)
+    if role == "out":
+        framework.refuse_writing(array, role)
+    if framework.device(array) != device:
+        raise DeviceError(f"{role} is on {framework.device(array)} and x on {device}; they must be on one device.")
+    return array
+
+
+def _matching(framework: Framework, array: Array, role: str, shape: tuple[int, ...], dtype: str) -> Array:
+    """``array`` if it is of x's library and dtype and has ``shape``; TypeError or ValueError otherwise."""
     theirs, array = frameworks.resolve(array, role)
     if theirs is not framework:
         raise TypeError(f"{role} is a {theirs.name} array and x a {framework.name} array; use one library.")
-    theirs.refuse_gradient(array, role)
-    if role == "out":
-        theirs.refuse_writing(array, role)
     if tuple(array.shape) != shape or theirs.dtype(array) != dtype:
         raise ValueError(f"{role} is {theirs.dtype(array)}{tuple(array.shape)}; it must be {dtype}{shape}, as x.")
-    if theirs.device(array) != device:
-        raise DeviceError(f"{role} is on {theirs.device(array)} and x on {device}; they must be on one device.")
     return array
 
 

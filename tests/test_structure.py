@@ -29,6 +29,7 @@ ROWS = (
     ("tensor",),
     ("jit",),
     ("kernels",),
+    ("compilers",),
     ("api",),
     ("tuning",),
     ("warming",),
@@ -38,7 +39,7 @@ ROWS = (
 )
 LEVEL = {room: level for level, row in enumerate(ROWS) for room in row}
 #: Rooms that may know PyTorch and JAX.
-FRAMEWORK_ROOMS = ("frameworks", "integrations")
+FRAMEWORK_ROOMS = ("frameworks", "compilers", "integrations")
 #: Names that say nothing about what is inside.
 VAGUE = ("utils", "util", "common", "helpers", "helper", "misc", "core", "base")
 

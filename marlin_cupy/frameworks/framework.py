@@ -29,9 +29,12 @@ class Framework(ABC):
         """TypeError or ValueError if ``array`` cannot be written in place."""
         return None
 
-    def refuse_gradient(self, array: Array, role: str) -> None:
-        """UnsupportedError if automatic differentiation follows ``array``, whose gradient would be lost here."""
-        return None
+    def follows(self, *arrays: Array | None) -> bool:
+        """Whether a compiler traces any of these, or automatic differentiation follows it.
+
+        Their product then has to be an operation that both know: see ``compilers``.
+        """
+        return False
 
     @abstractmethod
     def to_native(self, array: Array) -> Native:

@@ -10,7 +10,7 @@ import numpy
 import torch
 
 from marlin_cupy.device import CPU, Device, cuda, import_cupy
-from marlin_cupy.errors import DeviceError, UnsupportedError
+from marlin_cupy.errors import DeviceError
 from marlin_cupy.frameworks.framework import StreamFramework
 
 _NAMES = {torch.float16: "float16", torch.bfloat16: "bfloat16"}
@@ -49,12 +49,11 @@ class TorchFramework(StreamFramework):
         """The dtype without its "torch." prefix."""
         return _NAMES.get(array.dtype) or str(array.dtype).removeprefix("torch.")
 
-    def refuse_gradient(self, array: Any, role: str) -> None:
-        """Tensors that autograd follows: their gradient would silently be lost."""
-        if array.requires_grad and torch.is_grad_enabled():
-            raise UnsupportedError(
-                f"{role} requires a gradient and matmul has no backward so far; call it under torch.no_grad()."
-            )
+    def follows(self, *arrays: Any) -> bool:
+        """Tensors that autograd follows."""
+        if not torch.is_grad_enabled():
+            return False
+        return any(isinstance(array, torch.Tensor) and array.requires_grad for array in arrays)
 
     def to_native(self, array: Any) -> Any:
         """A NumPy or CuPy array over the tensor's memory."""
