@@ -19,7 +19,7 @@ from marlin_cupy.tensor import Spec
 #: The part of the memory's nominal rate that a kernel with nothing but bulk copies reaches, and what its launch adds to
 #: that in a CUDA graph: a line through the read floors in examples/results/h200.json.
 _FLOOR_SHARE, _FLOOR_LAUNCH_US = 0.942, 1.53
-#: The part that a kernel with loads reaches, in examples/results/h200_portable.json; what the kernels' costs go with.
+#: The part that a kernel with loads alone reached when the kernels' costs were fitted, which go with it.
 _READ_SHARE = 0.885
 #: How sharply the longest of times that overlap decides: the exponent of the norm that adds them up.
 _OVERLAP = 4.0

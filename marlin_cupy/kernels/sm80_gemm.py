@@ -92,7 +92,7 @@ class RatedConfig:
 # the eight layers of bench.shapes.LLAMA, M = 32, 64 and 128, plain launches, cold weights, by a script that is not in
 # the tree. Of all tiles and grids measured, 6, 17 and 11 tiles, what is predicted to be best takes longer than the best
 # by 0.1 % on average and 1.4 % at worst. The launch, the reading and the exchange, and the times of the tiles before,
-# were fitted earlier, these to the rows up to M = 16 of examples/results/h200_portable.json.
+# were fitted earlier, these to times of the same layers up to M = 16.
 # ``python -m marlin_cupy.bench.configs`` measures all tiles.
 #: Per largest M served (the last serves every larger M, in several token tiles): what to choose from.
 CONFIGS: dict[int, tuple[RatedConfig, ...]] = {
