@@ -108,8 +108,15 @@ def import_cupy(purpose: str) -> ModuleType:
 
 
 def namespace(array: Any) -> ModuleType:
-    """The module whose functions compute on a native array: numpy, or cupy, which the caller has imported."""
-    return sys.modules[type(array).__module__.partition(".")[0]]
+    """The module whose functions compute on an array: numpy, or cupy or jax.numpy, which the caller has imported."""
+    package = type(array).__module__.partition(".")[0]
+    return sys.modules["jax.numpy" if package in ("jax", "jaxlib") else package]
+
+
+def contiguous(array: Any) -> Any:
+    """``array`` in row-major order, which a view as another type needs; JAX's arrays always are."""
+    xp = namespace(array)
+    return array if xp.__name__ == "jax.numpy" else xp.ascontiguousarray(array)
 
 
 def gpu_count() -> int:

@@ -26,11 +26,11 @@ import math
 from dataclasses import dataclass
 from typing import Any
 
-from marlin_cupy.device import namespace
+from marlin_cupy.device import contiguous, namespace
 from marlin_cupy.formats import Format
 from marlin_cupy.formats.scalars import from_bits, to_bits
 
-Array = Any  # a NumPy or CuPy array
+Array = Any  # a NumPy or CuPy array, or a JAX array for unpack
 
 SLAB_N = 64
 SLAB_K = 128
@@ -113,7 +113,7 @@ class Layout:
             rows_of[self._is_padding(xp)] = 0
             bits = to_bits(rows_of, self.scale_dtype)
             bits = bits.reshape(slabs_k, SLAB_K // self.granule, slabs_n, 2, rows, 2, g)
-            pairs = xp.ascontiguousarray(bits.transpose(2, 0, 3, 1, 4, 6, 5))
+            pairs = contiguous(bits.transpose(2, 0, 3, 1, 4, 6, 5))
             size = self.param_bytes // len(self.format.params)
             out[..., index * size : (index + 1) * size] = pairs.view(xp.uint8).reshape(slabs_n, slabs_k, 2, size)
         return out.reshape(slabs_n, slabs_k, 2 * self.half_bytes)
@@ -129,7 +129,7 @@ class Layout:
         slabs_n, slabs_k, _ = packed.shape
         halves = packed.reshape(slabs_n, slabs_k, 2, self.half_bytes)
         _, blocks, rows, g, t, atoms, _ = self._code_axes
-        words = self._codes_of(xp.ascontiguousarray(halves[..., self.param_bytes :]))
+        words = self._codes_of(contiguous(halves[..., self.param_bytes :]))
         stored = words.reshape(slabs_n, slabs_k, 2, blocks, rows, g, t, atoms, 2, 2, 2)
         split = stored.transpose(1, 3, 7, 8, 6, 10, 0, 2, 4, 9, 5)
         codes = split.reshape(slabs_k * SLAB_K, slabs_n * SLAB_N)[: self.K, :n]
@@ -138,11 +138,11 @@ class Layout:
         params: dict[str, Array] = {}
         size = self.param_bytes // len(self.format.params)
         for index, name in enumerate(self.format.params):
-            raw = xp.ascontiguousarray(halves[..., index * size : (index + 1) * size])
+            raw = contiguous(halves[..., index * size : (index + 1) * size])
             bits = raw.view(xp.uint16).reshape(slabs_n, slabs_k, 2, SLAB_K // self.granule, rows, g, 2)
             rows_of = bits.transpose(1, 3, 0, 2, 4, 6, 5).reshape(-1, slabs_n * SLAB_N)
             params[name] = rows_of[first_granule, :n]
-        return xp.ascontiguousarray(codes), params
+        return contiguous(codes), params
 
     def range_factors(self, packed: Array) -> Array:
         """float32 per output, padding included: the power of two that puts its largest scale into [2**14, 2**15).
@@ -155,10 +155,10 @@ class Layout:
         xp = namespace(packed)
         slabs_n, slabs_k, _ = packed.shape
         size = self.param_bytes // len(self.format.params)  # the scales come first
-        raw = xp.ascontiguousarray(packed.reshape(slabs_n, slabs_k, 2, self.half_bytes)[..., :size])
+        raw = contiguous(packed.reshape(slabs_n, slabs_k, 2, self.half_bytes)[..., :size])
         magnitudes = (raw.view(xp.uint16) & 0x7FFF).reshape(slabs_n, slabs_k, 2, SLAB_K // self.granule, 2, 8, 2)
         largest = magnitudes.max(axis=(1, 3)).transpose(0, 1, 2, 4, 3).reshape(-1)  # half, 16 rows, row g or g + 8, g
-        _, exponent = xp.frexp(from_bits(xp.ascontiguousarray(largest), self.scale_dtype))
+        _, exponent = xp.frexp(from_bits(contiguous(largest), self.scale_dtype))
         exponent = xp.where(largest == 0, 15, exponent)
         return xp.ldexp(xp.float32(1), xp.clip(15 - exponent, -_MAX_EXPONENT, _MAX_EXPONENT)).astype(xp.float32)
 

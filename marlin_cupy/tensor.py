@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import hashlib
 import json
 import math
 import os
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, NamedTuple
@@ -20,9 +21,9 @@ import safetensors.numpy
 
 from marlin_cupy import formats, frameworks, writes
 from marlin_cupy.device import CPU, Device, gpu, gpu_count, import_cupy, namespace
-from marlin_cupy.errors import DeviceError, FileFormatError
+from marlin_cupy.errors import DeviceError, FileFormatError, UnsupportedError
 from marlin_cupy.formats.scalars import BFLOAT16, FLOAT16, FLOAT32, HALF_DTYPES, MAX, from_bits, to_bits
-from marlin_cupy.layout import SLAB_N, Layout
+from marlin_cupy.layout import SLAB_K, SLAB_N, Layout
 
 Array = Any  # an array of any library
 
@@ -32,6 +33,8 @@ _METADATA_KEY = "marlin_cupy"
 _SEARCHES = ("absmax", "mse")
 #: Weights handled at once while quantizing and dequantizing: bounds scratch to a few times 4 bytes each.
 _BLOCK_WEIGHTS = {"cpu": 4 << 20, "cuda": 16 << 20}
+#: Attributes of a QuantizedTensor that are known when its arrays hold values.
+_OF_PLACE = ("_native", "_factors", "device", "pointer", "factors_pointer", "writes")
 #: Below this float16 is subnormal with fewer significant bits than bfloat16.
 _COARSE_FLOAT16 = 2.0**-16
 _NUMPY_DTYPES = {
@@ -54,6 +57,28 @@ class Spec:
     def layout(self) -> Layout:
         """Where the codes sit."""
         return Layout(formats.get(self.format), *self.shape, self.group_size, self.scale_dtype)
+
+    def of_part(self, packed_shape: tuple[int, ...]) -> Spec:
+        """What a packed array (..., slabs_n, slabs_k, slab_bytes) holds that is an equal share of a weight of this spec.
+
+        ValueError where that is nothing by itself: shares are whole slabs, without padding, and whole groups.
+        """
+        whole = self.layout.packed_shape
+        if packed_shape[-3:] == whole:
+            return self
+        K, N = self.shape
+        slabs_n, slabs_k, slab_bytes = packed_shape[-3:]
+        part = (K if slabs_k == whole[1] else slabs_k * SLAB_K), (N if slabs_n == whole[0] else slabs_n * SLAB_N)
+        found = dataclasses.replace(self, shape=part)
+        cut_groups = part[0] != K and self.group_size != -1 and part[0] % self.group_size
+        if slab_bytes != whole[2] or K % part[0] or N % part[1] or cut_groups:
+            raise ValueError(
+                f"packed has shape {packed_shape}, which is no share of a {self.format} weight of (K, N) = "
+                f"{self.shape}, group_size={self.group_size}: {whole} can be cut into equal shares of the first axis "
+                f"where N is a multiple of {SLAB_N} times their number, of the second where K is one of {SLAB_K} times "
+                "their number and no group is cut."
+            )
+        return found
 
 
 class Unpacked(NamedTuple):
@@ -78,17 +103,30 @@ class QuantizedTensor:
     """
 
     __slots__ = (
+        "_factors",
         "_native",
         "device",
         "factors_pointer",
+        "layer",
         "layout",
         "packed",
         "plans",
         "pointer",
         "range_factors",
         "spec",
+        "whole",
         "writes",
     )
+
+    _native: Any
+    _factors: Any
+    device: Device
+    pointer: int
+    factors_pointer: int
+    writes: writes.Writes
+    #: On a GPU, and in JAX: float32 per output in the library of ``packed``, see Layout.range_factors. Tensors over the
+    #: same memory share it.
+    range_factors: Array | None
 
     # NumPy and CuPy leave ``x @ w`` to __rmatmul__ when they see these.
     __array_ufunc__ = None
@@ -105,26 +143,79 @@ class QuantizedTensor:
                 f"packed is {framework.dtype(packed)}{tuple(packed.shape)}; a {spec.format} weight of (K, N) = "
                 f"{spec.shape}, group_size={spec.group_size} needs uint8{layout.packed_shape}."
             )
-        native = framework.to_native(packed)
+        self._describe(spec, packed, range_factors)
+        self._place()
+        if self.range_factors is None and (self.device != CPU or framework.takes_apart):
+            with _on(self.device):
+                self._factors = layout.range_factors(self._native)
+            self.range_factors = framework.from_native(self._factors)
+            self._place_factors()
+            self.writes.mark()
+        framework.meet(QuantizedTensor)
+
+    def _describe(self, spec: Spec, packed: Array, range_factors: Array | None, layer: Array | None = None) -> None:
+        """What is known of any ``packed``, also of one that holds no values yet."""
+        self.packed = packed
+        self.range_factors = range_factors
+        #: Which weight of a stack this is, where ``packed`` (layers, ...) is one: an integer array.
+        self.layer = layer
+        #: The spec of which ``spec`` is a share, inside jax.shard_map; elsewhere the same.
+        self.whole = spec
+        self.spec = spec
+        if len(getattr(packed, "shape", ())) >= 3:
+            with contextlib.suppress(ValueError):  # who computes with it says so
+                self.spec = spec.of_part(tuple(packed.shape))
+        self.layout = self.spec.layout
+        self.plans: dict[Any, Any] = {}  # launches by (M, dtype), kept by the kernels
+
+    def _place(self) -> None:
+        """Where it is; ValueError, TypeError or UnsupportedError for what is no array of values on one device."""
+        framework = frameworks.of(self.packed)
+        if tuple(self.packed.shape) != self.layout.packed_shape:
+            raise ValueError(
+                f"packed has shape {tuple(self.packed.shape)} and one {self.format} weight of (K, N) = {self.shape} "
+                f"{self.layout.packed_shape}; a stack of weights is indexed, w[i], before it is used."
+            )
+        self.device = framework.device(self.packed)
+        native = framework.to_native(self.packed)
         if not native.flags.c_contiguous:
             raise ValueError(f"packed has strides {native.strides}; it must be C-contiguous.")
-        self.spec = spec
-        self.layout = layout
-        self.packed = packed
-        self.device = framework.device(packed)
         self._native = native
-        self.plans: dict[Any, Any] = {}  # launches by (M, dtype), kept by the kernels
         self.pointer, self.factors_pointer = 0, 0
         self.writes = writes.Writes() if self.device == CPU else writes.of_gpu(self.device.index)
         if self.device != CPU:
             self.pointer = int(native.data.ptr)
-            if range_factors is None:
-                with _on(self.device):
-                    range_factors = layout.range_factors(native)
-            self.factors_pointer = int(range_factors.data.ptr)
-        #: On a GPU, float32 per output, see Layout.range_factors. Tensors over the same memory share it.
-        self.range_factors = range_factors
+        self._place_factors()
         self.writes.mark()  # packed may have been filled a moment ago
+
+    def _place_factors(self) -> None:
+        factors = self.range_factors
+        self._factors = None if factors is None else frameworks.of(factors).to_native(factors)
+        if self.device != CPU and self._factors is not None:
+            self.factors_pointer = int(self._factors.data.ptr)
+
+    def __getattr__(self, name: str) -> Any:
+        """What :meth:`_place` finds, for a tensor that was put together by :meth:`of_parts`."""
+        if name not in _OF_PLACE:
+            raise AttributeError(f"a QuantizedTensor has no {name!r}.")
+        self._place()
+        return object.__getattribute__(self, name)
+
+    @property
+    def parts(self) -> tuple[Array, Array | None, Array | None]:
+        """The arrays that it consists of, for libraries that take trees of arrays apart: see :meth:`of_parts`."""
+        return self.packed, self.range_factors, self.layer
+
+    @staticmethod
+    def of_parts(spec: Spec, parts: Iterable[Any]) -> QuantizedTensor:
+        """Put together what was taken apart into ``whole`` and :attr:`parts`, whatever has become of these.
+
+        They may be traced, shares of the arrays, stacks of them, or no arrays at all: nothing is looked at before it is
+        used.
+        """
+        found = object.__new__(QuantizedTensor)
+        found._describe(spec, *parts)
+        return found
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -152,10 +243,20 @@ class QuantizedTensor:
         return math.prod(self.layout.packed_shape)
 
     def __repr__(self) -> str:
+        try:
+            where = f"device={self.device}, nbytes={self.nbytes}"
+        except (TypeError, ValueError, UnsupportedError, DeviceError):  # traced, spread over devices, a stack
+            where = f"packed={self.packed}"
         return (
             f"QuantizedTensor({self.format}, K={self.shape[0]}, N={self.shape[1]}, group_size={self.group_size}, "
-            f"scale_dtype={self.scale_dtype}, device={self.device}, nbytes={self.nbytes})"
+            f"scale_dtype={self.scale_dtype}, {where})"
         )
+
+    def __getitem__(self, layer: Any) -> QuantizedTensor:
+        """One weight of a stack, in place: ``layer`` may be traced, as in jax.lax.scan; see integrations.jax.stack."""
+        if self.layer is not None or len(self.packed.shape) != 1 + len(self.layout.packed_shape):
+            raise TypeError(f"{self!r} is one weight; only a stack of weights can be indexed.")
+        return QuantizedTensor.of_parts(self.whole, (self.packed, self.range_factors, layer))
 
     def __rmatmul__(self, x: Array) -> Array:
         return QuantizedTensor.multiply(x, self)
@@ -189,14 +290,10 @@ class QuantizedTensor:
 
     def blocks(self) -> Iterator[tuple[slice, Array]]:
         """The dequantized matrix a run of columns at a time: (columns, native float32[K, columns])."""
-        format = formats.get(self.format)
         for columns in _column_blocks(self.shape, self.device):
-            codes, bits = self.layout.unpack(
-                self._native[columns.start // SLAB_N : -(-columns.stop // SLAB_N)], columns.stop - columns.start
-            )
-            params = {name: from_bits(value, self.scale_dtype) for name, value in bits.items()}
-            values = format.decode(_grouped(codes, self.layout, format.zero_code), params)
-            yield columns, values.reshape(-1, values.shape[-1])[: self.shape[0]]
+            packed = self._native[columns.start // SLAB_N : -(-columns.stop // SLAB_N)]
+            values = decoded(self.layout, packed, columns.stop - columns.start)
+            yield columns, values
 
     def to(self, where: str | Device) -> QuantizedTensor:
         """The same weight in another library or on another device.
@@ -211,8 +308,9 @@ class QuantizedTensor:
                 native = native.get()
             elif where == "cupy" and self.device == CPU:
                 return self.to("cuda")
-            factors = None if where == "numpy" else self.range_factors
-            return QuantizedTensor(self.spec, frameworks.by_name(where).from_native(native), range_factors=factors)
+            framework = frameworks.by_name(where)
+            factors = None if where == "numpy" or self._factors is None else framework.from_native(self._factors)
+            return QuantizedTensor(self.spec, framework.from_native(native), range_factors=factors)
         try:
             device = Device.parse(where)
         except ValueError:
@@ -221,10 +319,10 @@ class QuantizedTensor:
                 'or a device ("cpu", "cuda", "cuda:N").'
             ) from None
         if device == self.device:
-            return QuantizedTensor(self.spec, self._native, range_factors=self.range_factors)
+            return QuantizedTensor(self.spec, self._native, range_factors=self._factors)
         factors = None
         if device != CPU:  # computed here, where that needs no kernel to be compiled
-            factors = self.layout.range_factors(self._native) if self.device == CPU else self.range_factors
+            factors = self.layout.range_factors(self._native) if self.device == CPU else self._factors
             factors = _moved(factors, device)
         return QuantizedTensor(self.spec, _moved(self._native, device), range_factors=factors)
 
@@ -259,9 +357,9 @@ class QuantizedTensor:
 
     def _refresh_factors(self) -> None:
         """In the same memory, since launches in graphs read it."""
-        if self.range_factors is not None:
+        if self._factors is not None:
             with _on(self.device):
-                self.range_factors[...] = self.layout.range_factors(self._native)
+                self._factors[...] = self.layout.range_factors(self._native)
 
     def __reduce__(self) -> tuple[type[QuantizedTensor], tuple[Spec, Array]]:
         # Copies and pickles are made by the constructor: an address and loaded kernels do not travel.
@@ -458,6 +556,20 @@ def _encode(weight: Any, spec: Spec, search: str, packed: Any) -> None:
             codes, params = format.quantize(grouped, spec.scale_dtype, search)
             codes = codes.reshape(-1, codes.shape[-1])[: spec.shape[0]]
             packed[columns.start // SLAB_N : -(-columns.stop // SLAB_N)] = layout.pack(codes, params)
+
+
+def decoded(layout: Layout, packed: Any, n: int) -> Any:
+    """The float32 matrix (K, n) that a run of whole 64-column blocks stands for; NumPy, CuPy or JAX arrays.
+
+    Args:
+        layout: of the weight that the blocks are from.
+        packed: uint8 (slabs_n, slabs_k, slab_bytes).
+        n: logical number of columns in them.
+    """
+    codes, bits = layout.unpack(packed, n)
+    params = {name: from_bits(value, layout.scale_dtype) for name, value in bits.items()}
+    values = layout.format.decode(_grouped(codes, layout, layout.format.zero_code), params)
+    return values.reshape(-1, n)[: layout.K]
 
 
 def _grouped(columns: Any, layout: Layout, fill: int) -> Any:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from typing import Any
+from typing import Any, ClassVar
 
 from marlin_cupy.device import Device
 
@@ -16,6 +16,12 @@ class Framework(ABC):
 
     #: The name users know it by.
     name: str
+    #: Whether it takes objects apart into arrays, which then have to be its own.
+    takes_apart: ClassVar[bool] = False
+
+    def meet(self, kind: type) -> None:
+        """The first object of a class with ``whole``, ``parts`` and ``of_parts`` holds arrays of this library."""
+        return None
 
     @abstractmethod
     def device(self, array: Array) -> Device:
@@ -29,7 +35,7 @@ class Framework(ABC):
         """TypeError or ValueError if ``array`` cannot be written in place."""
         return None
 
-    def follows(self, *arrays: Array | None) -> bool:
+    def follows(self, x: Array, packed: Array, bias: Array | None) -> bool:
         """Whether a compiler traces any of these, or automatic differentiation follows it.
 
         Their product then has to be an operation that both know: see ``compilers``.
@@ -47,6 +53,9 @@ class Framework(ABC):
 
 class StreamFramework(Framework):
     """A library whose GPU arrays are used by raw pointer, on its own current stream."""
+
+    #: Whether memory from ``empty`` is never lent to two launches that can overlap, whichever streams they are on.
+    exclusive: ClassVar[bool] = False
 
     @abstractmethod
     def pointer(self, array: Array) -> int:

@@ -1,4 +1,4 @@
-"""JAX arrays, eagerly: handed over through DLPack, which orders both sides' streams."""
+"""JAX arrays: handed over through DLPack, which orders both sides' streams; traced ones are left to ``compilers``."""
 
 from __future__ import annotations
 
@@ -11,18 +11,42 @@ from marlin_cupy.device import CPU, Device, cuda, import_cupy
 from marlin_cupy.errors import DeviceError, UnsupportedError
 from marlin_cupy.frameworks.framework import Framework
 
+#: Classes that are pytrees, and the names of their parts in paths.
+_MET: set[type] = set()
+_PARTS = ("packed", "range_factors", "layer")
+
 
 class JaxFramework(Framework):
     """Immutable arrays on one device."""
 
     name = "jax"
+    takes_apart = True
+
+    def meet(self, kind: Any) -> None:
+        """Register it as a pytree."""
+        if kind in _MET:
+            return
+        _MET.add(kind)
+        jax.tree_util.register_pytree_with_keys(
+            kind,
+            lambda w: (
+                [(jax.tree_util.GetAttrKey(name), part) for name, part in zip(_PARTS, w.parts, strict=True)],
+                w.whole,
+            ),
+            kind.of_parts,
+            lambda w: (w.parts, w.whole),
+        )
+
+    def follows(self, x: Any, packed: Any, bias: Any | None) -> bool:
+        """All products with a weight in JAX, traced or not, and whatever is traced."""
+        return isinstance(packed, jax.Array) or isinstance(x, jax.core.Tracer) or isinstance(bias, jax.core.Tracer)
 
     def device(self, array: Any) -> Device:
         """CPU or the CUDA GPU; UnsupportedError for traced arrays, DeviceError for sharded and other ones."""
         if isinstance(array, jax.core.Tracer):
             raise UnsupportedError(
-                "a JAX array is traced by jax.jit, grad or vmap, and marlin_cupy works on concrete arrays only so far; "
-                "call it outside the transformed function."
+                "a JAX array is traced by jax.jit, grad or vmap, where arrays have no values yet, and this needs them; "
+                "do it outside the transformed function (matmul of JAX arrays works inside)."
             )
         devices = list(array.devices())
         if len(devices) != 1:

@@ -49,11 +49,9 @@ class TorchFramework(StreamFramework):
         """The dtype without its "torch." prefix."""
         return _NAMES.get(array.dtype) or str(array.dtype).removeprefix("torch.")
 
-    def follows(self, *arrays: Any) -> bool:
+    def follows(self, x: Any, packed: Any, bias: Any | None) -> bool:
         """Tensors that autograd follows."""
-        if not torch.is_grad_enabled():
-            return False
-        return any(isinstance(array, torch.Tensor) and array.requires_grad for array in arrays)
+        return torch.is_grad_enabled() and (x.requires_grad or (bias is not None and bias.requires_grad))
 
     def to_native(self, array: Any) -> Any:
         """A NumPy or CuPy array over the tensor's memory."""

@@ -162,6 +162,7 @@ class Counters:
         self._chunks: list[Any] = []
         self._free = 0
         self._of_stream: dict[tuple[int, int], int] = {}
+        self._beside: dict[tuple[int, int], int] = {}
         from cupy_backends.cuda.api import runtime
 
         self._is_capturing = runtime.streamIsCapturing
@@ -174,6 +175,14 @@ class Counters:
         found = self._of_stream.get(key)
         if found is None:
             found = self._of_stream[key] = self._take(MAX_COUNTERS)
+        return found
+
+    def beside(self, memory: int, count: int) -> int:
+        """Device address of ``count`` zeros for launches that use exchange memory at that address, which never overlap."""
+        key = memory, count
+        found = self._beside.get(key)
+        if found is None:
+            found = self._beside[key] = self._take(count)
         return found
 
     def _take(self, count: int) -> int:

@@ -10,11 +10,10 @@ import functools
 from abc import abstractmethod
 from typing import TypeVar
 
-from marlin_cupy.frameworks import StreamFramework
 from marlin_cupy.jit import tensor_map
 from marlin_cupy.kernels import sm80_gemm
 from marlin_cupy.kernels.cuda import CudaConfiguration, CudaPlan
-from marlin_cupy.kernels.operands import Rows, Weight
+from marlin_cupy.kernels.operands import Launcher, Rows, Weight
 from marlin_cupy.kernels.problem import Problem
 
 _BYTES = 16  # what addresses are multiples of
@@ -47,10 +46,10 @@ class CopyEnginePlan(CudaPlan[C]):
         best = min(found, key=lambda candidate: candidate.predicted_us)
         return sm80_gemm.KERNEL.plan(self.problem, best.configuration)
 
-    def enqueue(self, framework: StreamFramework, x: Rows, w: Weight, bias: int, y: Rows, dependent: bool) -> None:
+    def enqueue(self, launcher: Launcher, x: Rows, w: Weight, bias: int, y: Rows, dependent: bool) -> None:
         """Launch. ValueError for x that the copy engine cannot read, where batch_invariant rules sm80_gemm out."""
         if x.start_at(_BYTES) and (x.number == 1 or x.stride >= self.problem.spec.shape[0]):
-            self.launch(framework, x, w, bias, y, dependent)
+            self.launch(launcher, x, w, bias, y, dependent)
         elif self.problem.batch_invariant:
             raise ValueError(
                 f"x is at address {x.pointer:#x} with a stride of {x.stride} elements between rows; "
@@ -58,8 +57,8 @@ class CopyEnginePlan(CudaPlan[C]):
                 "pass a contiguous copy."
             )
         else:
-            self.portable.enqueue(framework, x, w, bias, y, dependent)
+            self.portable.enqueue(launcher, x, w, bias, y, dependent)
 
     @abstractmethod
-    def launch(self, framework: StreamFramework, x: Rows, w: Weight, bias: int, y: Rows, dependent: bool) -> None:
+    def launch(self, launcher: Launcher, x: Rows, w: Weight, bias: int, y: Rows, dependent: bool) -> None:
         """Launch for an x that the copy engine can read."""

@@ -11,7 +11,7 @@ from typing import Any, ClassVar, Generic, TypeVar
 from marlin_cupy.device import Gpu
 from marlin_cupy.frameworks import Framework, StreamFramework
 from marlin_cupy.jit import launch, source
-from marlin_cupy.kernels.operands import Rows, Weight
+from marlin_cupy.kernels.operands import Launcher, Rows, Weight
 from marlin_cupy.kernels.problem import Configuration, Kernel, Plan, Problem
 from marlin_cupy.layout import Layout
 from marlin_cupy.tensor import Spec
@@ -69,6 +69,11 @@ class CudaConfiguration(Configuration):
 
     config: Block
 
+    @property
+    def exchange_floats(self) -> int:
+        """float32 values by which blocks add up tiles that they share."""
+        return 0
+
 
 C = TypeVar("C", bound=CudaConfiguration)
 
@@ -104,7 +109,7 @@ class CudaPlan(Plan, Generic[C]):
         return y
 
     @abstractmethod
-    def enqueue(self, framework: StreamFramework, x: Rows, w: Weight, bias: int, y: Rows, dependent: bool) -> None:
+    def enqueue(self, launcher: Launcher, x: Rows, w: Weight, bias: int, y: Rows, dependent: bool) -> None:
         """Launch for one row of x or more; ``bias`` is an address, 0 where there is none."""
 
 

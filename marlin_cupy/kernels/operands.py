@@ -63,6 +63,23 @@ class PackedWeight(NamedTuple):
     writes: Writes
 
 
+class Launcher(Protocol):
+    """Who launches: a StreamFramework, or a compiler that has set memory aside."""
+
+    @property
+    def exclusive(self) -> bool:
+        """Whether memory from ``empty`` is never lent to two launches that can overlap, whichever streams they are on."""
+
+    def stream(self, device: Device) -> int:
+        """Handle of the stream to launch on."""
+
+    def empty(self, shape: tuple[int, ...], dtype: str, device: Device) -> Any:
+        """Uninitialised memory for the time of the launch."""
+
+    def pointer(self, array: Any) -> int:
+        """Device address of what ``empty`` gave."""
+
+
 class Exchange(NamedTuple):
     """Memory by which blocks add up tiles that they share; addresses are 0 where they share none.
 
@@ -77,9 +94,12 @@ class Exchange(NamedTuple):
     counters: int
 
     @staticmethod
-    def of(framework: StreamFramework, device: Device, stream: int, floats: int, shared_tiles: int) -> Exchange:
+    def of(launcher: Launcher, device: Device, stream: int, floats: int, shared_tiles: int) -> Exchange:
         """For a launch on ``stream`` whose partial tiles are so many float32."""
         if shared_tiles == 0:
             return Exchange(None, 0, 0)
-        memory = framework.empty((floats,), "float32", device)
-        return Exchange(memory, framework.pointer(memory), launch.counters(device.index).address(stream, shared_tiles))
+        memory = launcher.empty((floats,), "float32", device)
+        partials, counters = launcher.pointer(memory), launch.counters(device.index)
+        if launcher.exclusive:
+            return Exchange(memory, partials, counters.beside(partials, shared_tiles))
+        return Exchange(memory, partials, counters.address(stream, shared_tiles))

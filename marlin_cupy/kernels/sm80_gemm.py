@@ -9,11 +9,10 @@ from dataclasses import dataclass
 
 from marlin_cupy.device import Gpu
 from marlin_cupy.formats.scalars import HALF_DTYPES
-from marlin_cupy.frameworks import StreamFramework
 from marlin_cupy.jit import launch
 from marlin_cupy.kernels.costs import DecodeFactors, can_scale, read_us
 from marlin_cupy.kernels.cuda import Block, CudaConfiguration, CudaKernel, CudaPlan, shared_budget
-from marlin_cupy.kernels.operands import Exchange, Rows, Weight
+from marlin_cupy.kernels.operands import Exchange, Launcher, Rows, Weight
 from marlin_cupy.kernels.problem import Candidate, Problem
 from marlin_cupy.layout import HALF_N, SLAB_K, SLAB_N, Layout
 from marlin_cupy.tensor import Spec
@@ -198,6 +197,11 @@ class Tiling(CudaConfiguration):
     grid: Grid
 
     @property
+    def exchange_floats(self) -> int:
+        """Two tiles of each block, where some tile is shared."""
+        return 2 * self.grid.blocks * self.config.rows * self.config.tokens if self.grid.is_cut else 0
+
+    @property
     def key(self) -> str:
         """The numbers of the tile, then the blocks."""
         return f"{self.config.key}/{self.grid.blocks}"
@@ -249,12 +253,12 @@ def grids(rated: RatedConfig, m: int, layout: Layout, gpu: Gpu, dtype: str) -> l
 class Sm80Plan(CudaPlan[Tiling]):
     """Plain launches only."""
 
-    def enqueue(self, framework: StreamFramework, x: Rows, w: Weight, bias: int, y: Rows, dependent: bool) -> None:
+    def enqueue(self, launcher: Launcher, x: Rows, w: Weight, bias: int, y: Rows, dependent: bool) -> None:
         """Launch."""
         config, grid = self.configuration.config, self.configuration.grid
-        stream = framework.stream(w.device)
-        floats = 2 * grid.blocks * config.rows * config.tokens
-        exchange = Exchange.of(framework, w.device, stream, floats, grid.tiles if grid.is_cut else 0)
+        stream = launcher.stream(w.device)
+        floats = self.configuration.exchange_floats
+        exchange = Exchange.of(launcher, w.device, stream, floats, grid.tiles if grid.is_cut else 0)
         slabs_n, slabs_k, _ = self.layout.packed_shape
         _ARGS.pack_into(
             _ARGUMENTS.data,

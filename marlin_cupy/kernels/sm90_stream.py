@@ -11,13 +11,12 @@ from typing import ClassVar
 
 from marlin_cupy.device import Gpu
 from marlin_cupy.formats.scalars import HALF_DTYPES
-from marlin_cupy.frameworks import StreamFramework
 from marlin_cupy.jit import launch
 from marlin_cupy.kernels import copy_engine
 from marlin_cupy.kernels.copy_engine import CopyEnginePlan
 from marlin_cupy.kernels.costs import DecodeFactors, overlapped_us, read_us
 from marlin_cupy.kernels.cuda import Block, CudaConfiguration, CudaKernel, shared_budget
-from marlin_cupy.kernels.operands import Rows, Weight
+from marlin_cupy.kernels.operands import Launcher, Rows, Weight
 from marlin_cupy.kernels.problem import Candidate, Problem
 from marlin_cupy.layout import SLAB_K, SLAB_N, Layout
 from marlin_cupy.tensor import Spec
@@ -217,7 +216,7 @@ class StreamPlan(CopyEnginePlan[Streams]):
         assert self.problem.gpu is not None
         return dependent_shared_bytes(self.configuration.config, self.problem.spec.layout, self.problem.gpu)
 
-    def launch(self, framework: StreamFramework, x: Rows, w: Weight, bias: int, y: Rows, dependent: bool) -> None:
+    def launch(self, launcher: Launcher, x: Rows, w: Weight, bias: int, y: Rows, dependent: bool) -> None:
         """Launch."""
         config, clusters = self.configuration.config, self.configuration.clusters
         all_tiles = tiles(config, self.layout)
@@ -237,7 +236,7 @@ class StreamPlan(CopyEnginePlan[Streams]):
             y.start_at(8),
             dependent,
         )
-        blocks, stream = clusters * config.cluster, framework.stream(w.device)
+        blocks, stream = clusters * config.cluster, launcher.stream(w.device)
         if dependent:
             self.function.launch_dependent(
                 w.writes, blocks, config.threads, stream, _ARGUMENTS, self.dependent_shared_bytes

@@ -14,13 +14,12 @@ from typing import ClassVar
 
 from marlin_cupy.device import Gpu
 from marlin_cupy.formats.scalars import FLOAT16, HALF_DTYPES
-from marlin_cupy.frameworks import StreamFramework
 from marlin_cupy.jit import launch
 from marlin_cupy.kernels import copy_engine
 from marlin_cupy.kernels.copy_engine import CopyEnginePlan
 from marlin_cupy.kernels.costs import DecodeFactors, can_scale, overlapped_us, read_us
 from marlin_cupy.kernels.cuda import Block, CudaConfiguration, CudaKernel, shared_budget
-from marlin_cupy.kernels.operands import Exchange, Rows, Weight
+from marlin_cupy.kernels.operands import Exchange, Launcher, Rows, Weight
 from marlin_cupy.kernels.problem import Candidate, Problem
 from marlin_cupy.layout import SLAB_K, SLAB_N, Layout
 from marlin_cupy.tensor import Spec
@@ -242,6 +241,11 @@ class Tiling(CudaConfiguration):
     grid: Grid
 
     @property
+    def exchange_floats(self) -> int:
+        """Two tiles of each block, where some tile is shared."""
+        return 2 * self.grid.blocks * self.config.rows * self.config.tokens if self.grid.shared_tiles else 0
+
+    @property
     def key(self) -> str:
         """The numbers of the tile, then the blocks and the tiles that each computes alone."""
         return f"{self.config.key}/{self.grid.blocks}x{self.grid.whole}"
@@ -359,12 +363,12 @@ def invariant_split(layout: Layout, gpu: Gpu) -> tuple[int, int]:
 class WgmmaPlan(CopyEnginePlan[Tiling]):
     """Plain and dependent launches."""
 
-    def launch(self, framework: StreamFramework, x: Rows, w: Weight, bias: int, y: Rows, dependent: bool) -> None:
+    def launch(self, launcher: Launcher, x: Rows, w: Weight, bias: int, y: Rows, dependent: bool) -> None:
         """Launch."""
         config, grid = self.configuration.config, self.configuration.grid
-        stream = framework.stream(w.device)
-        floats = 2 * grid.blocks * config.rows * config.tokens
-        exchange = Exchange.of(framework, w.device, stream, floats, grid.shared_tiles)
+        stream = launcher.stream(w.device)
+        floats = self.configuration.exchange_floats
+        exchange = Exchange.of(launcher, w.device, stream, floats, grid.shared_tiles)
         slabs_n, slabs_k, _ = self.layout.packed_shape
         _ARGS.pack_into(
             _ARGUMENTS.data,

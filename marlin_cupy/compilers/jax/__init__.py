@@ -1,0 +1,186 @@
+"""matmul inside jax.jit, and what vmap, grad and partitioning make of it.
+
+Each layer here gives the product one transformation more::
+
+    matmul          checks, jax.jit for calls from outside a program
+    _product        grad: dX from the same packed weight
+    _folded         vmap: a batch of x becomes more rows
+    _rows           (M, K): on a GPU a call of launching, elsewhere plain jax.numpy
+"""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.custom_batching import custom_vmap
+
+from marlin_cupy.compilers.jax import launching
+from marlin_cupy.device import CPU
+from marlin_cupy.errors import UnsupportedError
+from marlin_cupy.tensor import QuantizedTensor, Spec, decoded
+
+Array = Any  # a JAX array, traced or not
+
+
+@dataclass(frozen=True)
+class _Static:
+    """What a program is compiled for."""
+
+    spec: Spec
+    batch_invariant: bool
+
+
+def matmul(x: Array, w: QuantizedTensor, bias: Array | None, batch_invariant: bool, dependent: bool) -> Array:
+    """:func:`marlin_cupy.matmul` for arrays that have been checked. Launches are plain, whatever ``dependent`` is."""
+    packed, factors, layer = _in_jax(w).parts
+    shape = tuple(packed.shape) if layer is None else tuple(packed.shape[1:])
+    if shape != w.layout.packed_shape:
+        w.whole.of_part(shape)  # says what is wrong with a share
+        raise ValueError(
+            f"packed has shape {shape}, a stack of weights; index it, w[i], or let jax.lax.scan take it apart."
+        )
+    return _compiled(_Static(w.spec, batch_invariant), x, packed, factors, layer, bias)
+
+
+def _in_jax(w: QuantizedTensor) -> QuantizedTensor:
+    """``w`` with arrays that a program can hold: NumPy's are constants of it, others are handed over."""
+    if isinstance(w.packed, jax.Array) or w.device == CPU:
+        return w
+    return w.to("jax")
+
+
+@functools.partial(jax.jit, static_argnums=0, inline=True)
+def _compiled(
+    static: _Static, x: Array, packed: Array, factors: Array | None, layer: Array | None, bias: Array | None
+) -> Array:
+    return _product(static, x, packed, factors, layer, bias)
+
+
+# ---- grad
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _product(
+    static: _Static, x: Array, packed: Array, factors: Array | None, layer: Array | None, bias: Array | None
+) -> Array:
+    return _folded(static)(x, packed, factors, layer, bias)
+
+
+def _forward(static: _Static, x: Any, packed: Any, factors: Any, layer: Any, bias: Any) -> tuple[Array, Any]:
+    """The product, and what the gradient needs: the weight."""
+    if packed.perturbed or (factors is not None and factors.perturbed):
+        raise UnsupportedError(
+            "a gradient with respect to a quantized weight was asked for, whose codes are integers; differentiate with "
+            "respect to x and bias, and keep the weight out of argnums (or behind jax.lax.stop_gradient)."
+        )
+    values = [None if each is None else each.value for each in (packed, factors, layer, bias)]
+    packed, factors, layer, bias = values
+    return _folded(static)(x.value, packed, factors, layer, bias), (packed, layer, bias is not None)
+
+
+def _backward(static: _Static, kept: Any, dy: Any) -> tuple[Any, ...]:
+    packed, layer, has_bias = kept
+    if isinstance(dy, jax.custom_derivatives.SymbolicZero):
+        dy = jnp.zeros(dy.shape, dy.dtype)
+    dx = _transposed(static)(dy, packed, layer)
+    rows = tuple(range(dy.ndim - 1))
+    dbias = dy.sum(rows, dtype=jnp.float32).astype(dy.dtype) if has_bias else None
+    return dx, None, None, None, dbias
+
+
+_product.defvjp(_forward, _backward, symbolic_zeros=True)
+
+
+# ---- vmap
+
+
+@functools.cache
+def _folded(static: _Static) -> Any:
+    """x (..., K), packed, factors, layer, bias -> (..., N), whose batches of x are rows."""
+
+    @custom_vmap
+    def product(x: Array, packed: Array, factors: Any, layer: Any, bias: Any) -> Array:
+        if layer is not None:
+            packed = jax.lax.dynamic_index_in_dim(packed, layer, keepdims=False)
+            factors = jax.lax.dynamic_index_in_dim(factors, layer, keepdims=False)
+        y = _rows(static, x.reshape(-1, x.shape[-1]) if x.ndim != 2 else x, packed, factors, bias)
+        return y.reshape(*x.shape[:-1], y.shape[-1]) if x.ndim != 2 else y
+
+    product.def_vmap(functools.partial(_batched, product))
+    return product
+
+
+@functools.cache
+def _transposed(static: _Static) -> Any:
+    """dy (..., N), packed, layer -> dy @ W.T (..., K), whose batches of dy are rows."""
+
+    @custom_vmap
+    def product(dy: Array, packed: Array, layer: Any) -> Array:
+        if layer is not None:
+            packed = jax.lax.dynamic_index_in_dim(packed, layer, keepdims=False)
+        return _rows_transposed(static, dy, packed)
+
+    product.def_vmap(functools.partial(_batched, product))
+    return product
+
+
+def _batched(product: Any, axis_size: int, batched: Any, *arguments: Any) -> tuple[Array, bool]:
+    """A batch of nothing but the first argument is more rows of it; others are taken one after the other."""
+    first, *others = batched
+    if not any(jax.tree.leaves(others)):
+        return product(*arguments), True
+    axes = [None if each is None else (0 if is_batched else None) for each, is_batched in zip(arguments, batched)]
+
+    def one(index: Array) -> Array:
+        return product(
+            *(
+                each if axis is None else jax.lax.dynamic_index_in_dim(each, index, keepdims=False)
+                for each, axis in zip(arguments, axes, strict=True)
+            )
+        )
+
+    return jax.lax.map(one, jnp.arange(axis_size)), True
+
+
+# ---- (M, K) @ (K, N)
+
+
+def _rows(static: _Static, x: Array, packed: Array, factors: Array | None, bias: Array | None) -> Array:
+    """On a GPU by our kernels, elsewhere in float32 on the dequantized weight."""
+    spec, layout = static.spec, static.spec.layout
+    if x.shape[0] == 0:
+        return jnp.zeros((0, spec.shape[1]), x.dtype)
+
+    def on_gpu(x: Array, packed: Array, factors: Any, bias: Any) -> Array:
+        if factors is None:  # of a weight in host memory, which has none
+            factors = layout.range_factors(packed)
+        return launching.gemm(spec, static.batch_invariant, x, packed, factors, bias)
+
+    def reference(x: Array, packed: Array, factors: Any, bias: Any) -> Array:
+        weight = decoded(layout, packed, spec.shape[1])
+        y = _dot(x.astype(jnp.float32), weight)
+        return (y if bias is None else y + bias.astype(jnp.float32)).astype(x.dtype)
+
+    return jax.lax.platform_dependent(x, packed, factors, bias, cuda=on_gpu, default=reference)
+
+
+def _rows_transposed(static: _Static, dy: Array, packed: Array) -> Array:
+    """dy @ W.T: on a GPU with weights rounded to the type of dy, elsewhere in float32."""
+    layout, N = static.spec.layout, static.spec.shape[1]
+
+    def on_gpu(dy: Array, packed: Array) -> Array:
+        weight = decoded(layout, packed, N).astype(dy.dtype)
+        return jnp.matmul(dy, weight.T, preferred_element_type=jnp.float32).astype(dy.dtype)
+
+    def reference(dy: Array, packed: Array) -> Array:
+        return _dot(dy.astype(jnp.float32), decoded(layout, packed, N).T).astype(dy.dtype)
+
+    return jax.lax.platform_dependent(dy, packed, cuda=on_gpu, default=reference)
+
+
+def _dot(x: Array, weight: Array) -> Array:
+    return jnp.matmul(x, weight, precision=jax.lax.Precision.HIGHEST)

@@ -1,0 +1,156 @@
+"""The product on a GPU inside a compiled JAX program: chosen when it is traced, launched when XLA says so.
+
+What is launched stands in the program as text, so that a program can be kept on disk, or sent to another process, and
+a process that runs it finds the same configuration again.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import importlib.metadata
+import json
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from marlin_cupy import kernels, writes
+from marlin_cupy.compilers.jax import ffi
+from marlin_cupy.device import Device, Gpu, cuda, gpu, gpu_count, gpu_of_arch
+from marlin_cupy.errors import UnsupportedError
+from marlin_cupy.kernels import Candidate, Problem, tuned
+from marlin_cupy.kernels.cuda import CudaConfiguration, CudaPlan
+from marlin_cupy.kernels.operands import PackedWeight, Rows
+from marlin_cupy.tensor import Spec
+
+_TARGET = "marlin_cupy_matmul"
+#: What programs are compiled for where there is no GPU.
+_USUAL_ARCH = "sm_90a"
+
+
+def gemm(spec: Spec, batch_invariant: bool, x: Any, packed: Any, factors: Any, bias: Any | None) -> Any:
+    """``x @ W + bias`` as a call of :func:`_handle`.
+
+    Args:
+        spec: of the weight.
+        x: [M, K], M > 0.
+        packed, factors: the weight and its range factors.
+        bias: [N] or None.
+    """
+    M, dtype = x.shape[0], x.dtype.name
+    problem = Problem(M, dtype, spec, _target(), batch_invariant)
+    results = [_result((M, spec.shape[1]), x.dtype, x)]
+    try:
+        chosen = _chosen(problem, tuned.generation)
+    except UnsupportedError as error:
+        if jax.default_backend() == "gpu":
+            raise
+        text = {"refused": str(error)}  # to be said when the program runs on a GPU, if ever it does
+    else:
+        assert problem.gpu is not None
+        assert isinstance(chosen.configuration, CudaConfiguration)
+        text = {
+            "version": _version(),
+            "spec": dataclasses.asdict(spec),
+            "M": M,
+            "dtype": dtype,
+            "batch_invariant": batch_invariant,
+            "bias": bias is not None,
+            "gpu": [problem.gpu.arch, problem.gpu.sm_count],
+            "candidate": chosen.key,
+        }
+        if chosen.configuration.exchange_floats:
+            results.append(_result((chosen.configuration.exchange_floats,), jnp.float32, x))
+    operands = [x, packed, factors] + ([] if bias is None else [bias])
+    call: Any = jax.ffi.ffi_call(_TARGET, results)
+    return call(*operands, text=json.dumps(text, sort_keys=True))[0]
+
+
+def _result(shape: tuple[int, ...], dtype: Any, like: Any) -> jax.ShapeDtypeStruct:
+    """A result that varies over the devices of jax.shard_map as ``like`` does."""
+    kind: Any = jax.typeof(like)
+    if hasattr(kind, "manual_axis_type"):
+        return jax.ShapeDtypeStruct(shape, dtype, manual_axis_type=kind.manual_axis_type)
+    return (
+        jax.ShapeDtypeStruct(shape, dtype, vma=kind.vma) if hasattr(kind, "vma") else jax.ShapeDtypeStruct(shape, dtype)
+    )
+
+
+@functools.cache
+def _target() -> Gpu:
+    """The GPU that kernels are chosen for: the first one, or a usual one where there is none."""
+    return gpu(0) if gpu_count() else gpu_of_arch(_USUAL_ARCH)
+
+
+@functools.lru_cache(maxsize=4096)
+def _chosen(problem: Problem, generation: int) -> Candidate:
+    """The candidate for a problem, compiled and loaded where there is a GPU, before XLA records launches of it."""
+    found = kernels.choose(problem)
+    if gpu_count():
+        kernels.plan(problem, found)
+    return found
+
+
+@functools.cache
+def _version() -> str:
+    return importlib.metadata.version("marlin_cupy")
+
+
+# ---- when XLA runs, or records
+
+
+class _Lender:
+    """What a launch asks for, from what XLA gave the call."""
+
+    exclusive = True  # XLA lends it to nothing that can run meanwhile
+
+    def __init__(self, call: ffi.Call) -> None:
+        self._call = call
+
+    def stream(self, device: Device) -> int:
+        """XLA's."""
+        return self._call.stream
+
+    def empty(self, shape: tuple[int, ...], dtype: str, device: Device) -> int:
+        """The second result."""
+        return self._call.results[1]
+
+    def pointer(self, array: int) -> int:
+        """An address is what there is."""
+        return array
+
+
+def _handle(call: ffi.Call) -> None:
+    """Launch, plainly: XLA may have written the weight just before, a copy of a slice for instance."""
+    plan, has_bias = _plan_of(call.text, call.device)
+    x, packed, factors = call.operands[:3]
+    K, N = plan.problem.spec.shape
+    M = plan.problem.M
+    weight = PackedWeight(packed, factors, cuda(call.device), writes.of_gpu(call.device))
+    bias = call.operands[3] if has_bias else 0
+    plan.enqueue(_Lender(call), Rows(x, K, M), weight, bias, Rows(call.results[0], N, M), False)
+
+
+@functools.lru_cache(maxsize=4096)
+def _plan_of(text: bytes, device: int) -> tuple[CudaPlan[Any], bool]:
+    """What the text of a call means on GPU ``device``."""
+    found = json.loads(text)
+    if "refused" in found:
+        raise UnsupportedError(found["refused"])
+    here = gpu(device)
+    if found["version"] != _version() or found["gpu"] != [here.arch, here.sm_count]:
+        arch, sms = found["gpu"]
+        raise UnsupportedError(
+            f"this JAX program was compiled by marlin_cupy {found['version']} for {arch} with {sms} SMs, and runs with "
+            f"{_version()} on {here.name}, {here.arch} with {here.sm_count}; compile it again where it is to run."
+        )
+    spec = Spec(**{**found["spec"], "shape": tuple(found["spec"]["shape"])})
+    problem = Problem(found["M"], found["dtype"], spec, here, found["batch_invariant"])
+    candidate = next(each for each in kernels.candidates(problem) if each.key == found["candidate"])
+    plan = kernels.plan(problem, candidate)
+    assert isinstance(plan, CudaPlan)
+    return plan, found["bias"]
+
+
+ffi.register(_TARGET, _handle)
