@@ -59,7 +59,7 @@ class Spec:
         return Layout(formats.get(self.format), *self.shape, self.group_size, self.scale_dtype)
 
     def of_part(self, packed_shape: tuple[int, ...]) -> Spec:
-        """What a packed array (..., slabs_n, slabs_k, slab_bytes) holds that is an equal share of a weight of this spec.
+        """What ``packed`` (..., slabs_n, slabs_k, slab_bytes) holds that is an equal share of such a weight.
 
         ValueError where that is nothing by itself: shares are whole slabs, without padding, and whole groups.
         """
@@ -246,7 +246,8 @@ class QuantizedTensor:
         try:
             where = f"device={self.device}, nbytes={self.nbytes}"
         except (TypeError, ValueError, UnsupportedError, DeviceError):  # traced, spread over devices, a stack
-            where = f"packed={self.packed}"
+            where = f"packed={getattr(self.packed, 'dtype', type(self.packed).__name__)}"
+            where += f"{getattr(self.packed, 'shape', '')}"
         return (
             f"QuantizedTensor({self.format}, K={self.shape[0]}, N={self.shape[1]}, group_size={self.group_size}, "
             f"scale_dtype={self.scale_dtype}, {where})"

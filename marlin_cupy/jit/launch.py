@@ -178,7 +178,7 @@ class Counters:
         return found
 
     def beside(self, memory: int, count: int) -> int:
-        """Device address of ``count`` zeros for launches that use exchange memory at that address, which never overlap."""
+        """Device address of ``count`` zeros for launches with exchange memory at that address, which never overlap."""
         key = memory, count
         found = self._beside.get(key)
         if found is None:

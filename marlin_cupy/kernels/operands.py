@@ -68,7 +68,7 @@ class Launcher(Protocol):
 
     @property
     def exclusive(self) -> bool:
-        """Whether memory from ``empty`` is never lent to two launches that can overlap, whichever streams they are on."""
+        """Whether memory from ``empty`` is never lent to two launches that can overlap, on any streams."""
 
     def stream(self, device: Device) -> int:
         """Handle of the stream to launch on."""

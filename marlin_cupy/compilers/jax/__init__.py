@@ -130,16 +130,15 @@ def _transposed(static: _Static) -> Any:
 
 def _batched(product: Any, axis_size: int, batched: Any, *arguments: Any) -> tuple[Array, bool]:
     """A batch of nothing but the first argument is more rows of it; others are taken one after the other."""
-    first, *others = batched
+    others = batched[1:]
     if not any(jax.tree.leaves(others)):
         return product(*arguments), True
-    axes = [None if each is None else (0 if is_batched else None) for each, is_batched in zip(arguments, batched)]
 
     def one(index: Array) -> Array:
         return product(
             *(
-                each if axis is None else jax.lax.dynamic_index_in_dim(each, index, keepdims=False)
-                for each, axis in zip(arguments, axes, strict=True)
+                jax.lax.dynamic_index_in_dim(each, index, keepdims=False) if is_batched is True else each
+                for each, is_batched in zip(arguments, batched, strict=True)
             )
         )
 

@@ -1,7 +1,7 @@
 """XLA's foreign function interface without a compiled extension: a handler in Python, through ctypes.
 
-Layouts are those of ``xla/ffi/api/c_api.h`` (API 0.x), offsets in bytes on 64-bit machines. XLA calls the handler with a
-call frame; when it is registered it calls once with a metadata extension instead, and learns the API version and that
+Layouts are those of ``xla/ffi/api/c_api.h`` (API 0.x), offsets in bytes on 64-bit machines. XLA calls the handler with
+a call frame; when it is registered it calls once with a metadata extension instead, and learns the API version and that
 calls can be recorded into command buffers (CUDA graphs). From then on it calls when it records, not when it runs.
 """
 
@@ -53,7 +53,7 @@ class Call(NamedTuple):
 
 
 def register(name: str, handle: Callable[[Call], None], platform: str = "CUDA") -> None:
-    """Make ``handle`` the target ``name`` of ``jax.ffi.ffi_call``; what it raises becomes the error of the computation."""
+    """Make ``handle`` the target ``name`` of ``jax.ffi.ffi_call``; what it raises becomes XLA's error."""
 
     def enter(frame: int) -> int | None:
         api = _word(frame + _API)

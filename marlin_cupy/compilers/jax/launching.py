@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import importlib.metadata
 import json
 from typing import Any
 
@@ -46,12 +45,11 @@ def gemm(spec: Spec, batch_invariant: bool, x: Any, packed: Any, factors: Any, b
     except UnsupportedError as error:
         if jax.default_backend() == "gpu":
             raise
-        text = {"refused": str(error)}  # to be said when the program runs on a GPU, if ever it does
+        text: dict[str, Any] = {"refused": str(error)}  # to be said when the program runs on a GPU, if ever it does
     else:
         assert problem.gpu is not None
         assert isinstance(chosen.configuration, CudaConfiguration)
         text = {
-            "version": _version(),
             "spec": dataclasses.asdict(spec),
             "M": M,
             "dtype": dtype,
@@ -67,14 +65,13 @@ def gemm(spec: Spec, batch_invariant: bool, x: Any, packed: Any, factors: Any, b
     return call(*operands, text=json.dumps(text, sort_keys=True))[0]
 
 
-def _result(shape: tuple[int, ...], dtype: Any, like: Any) -> jax.ShapeDtypeStruct:
+def _result(shape: tuple[int, ...], dtype: Any, like: Any) -> Any:
     """A result that varies over the devices of jax.shard_map as ``like`` does."""
     kind: Any = jax.typeof(like)
-    if hasattr(kind, "manual_axis_type"):
-        return jax.ShapeDtypeStruct(shape, dtype, manual_axis_type=kind.manual_axis_type)
-    return (
-        jax.ShapeDtypeStruct(shape, dtype, vma=kind.vma) if hasattr(kind, "vma") else jax.ShapeDtypeStruct(shape, dtype)
-    )
+    varying = next((name for name in ("manual_axis_type", "vma") if hasattr(kind, name)), None)  # by version of JAX
+    options = {} if varying is None else {varying: getattr(kind, varying)}
+    make: Any = jax.ShapeDtypeStruct
+    return make(shape, dtype, **options)
 
 
 @functools.cache
@@ -90,11 +87,6 @@ def _chosen(problem: Problem, generation: int) -> Candidate:
     if gpu_count():
         kernels.plan(problem, found)
     return found
-
-
-@functools.cache
-def _version() -> str:
-    return importlib.metadata.version("marlin_cupy")
 
 
 # ---- when XLA runs, or records
@@ -139,15 +131,15 @@ def _plan_of(text: bytes, device: int) -> tuple[CudaPlan[Any], bool]:
     if "refused" in found:
         raise UnsupportedError(found["refused"])
     here = gpu(device)
-    if found["version"] != _version() or found["gpu"] != [here.arch, here.sm_count]:
-        arch, sms = found["gpu"]
-        raise UnsupportedError(
-            f"this JAX program was compiled by marlin_cupy {found['version']} for {arch} with {sms} SMs, and runs with "
-            f"{_version()} on {here.name}, {here.arch} with {here.sm_count}; compile it again where it is to run."
-        )
     spec = Spec(**{**found["spec"], "shape": tuple(found["spec"]["shape"])})
     problem = Problem(found["M"], found["dtype"], spec, here, found["batch_invariant"])
-    candidate = next(each for each in kernels.candidates(problem) if each.key == found["candidate"])
+    candidate = next((each for each in kernels.candidates(problem) if each.key == found["candidate"]), None)
+    if candidate is None or found["gpu"] != [here.arch, here.sm_count]:
+        arch, sms = found["gpu"]
+        raise UnsupportedError(
+            f"this JAX program was compiled for {arch} with {sms} SMs and {found['candidate']}, which is not offered on "
+            f"{here.name}, {here.arch} with {here.sm_count}; compile it where it is to run."
+        )
     plan = kernels.plan(problem, candidate)
     assert isinstance(plan, CudaPlan)
     return plan, found["bias"]
