@@ -93,9 +93,6 @@ def test_moving_to_jax_shares_memory(jax: ModuleType) -> None:
 
 
 REFUSALS: dict[str, tuple[Callable[[ModuleType, Any, Any], Any], type[Exception], list[str]]] = {
-    "jit": (lambda j, x, w: j.jit(lambda x: mc.matmul(x, w))(x), mc.UnsupportedError, ["jax.jit", "outside"]),
-    "operator in jit": (lambda j, x, w: j.jit(lambda x: x @ w)(x), mc.UnsupportedError, ["jax.jit", "outside"]),
-    "vmap": (lambda j, x, w: j.vmap(lambda x: x @ w)(x), mc.UnsupportedError, ["vmap", "outside"]),
     "CPU x, GPU weight": (
         lambda j, x, w: mc.matmul(j.device_put(x, j.local_devices(backend="cpu")[0]), w),
         mc.DeviceError,

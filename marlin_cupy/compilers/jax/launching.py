@@ -137,8 +137,8 @@ def _plan_of(text: bytes, device: int) -> tuple[CudaPlan[Any], bool]:
     if candidate is None or found["gpu"] != [here.arch, here.sm_count]:
         arch, sms = found["gpu"]
         raise UnsupportedError(
-            f"this JAX program was compiled for {arch} with {sms} SMs and {found['candidate']}, which is not offered on "
-            f"{here.name}, {here.arch} with {here.sm_count}; compile it where it is to run."
+            f"this JAX program was compiled for {arch} with {sms} SMs, to launch {found['candidate']}; {here.name} is "
+            f"{here.arch} with {here.sm_count}. Compile it where it is to run."
         )
     plan = kernels.plan(problem, candidate)
     assert isinstance(plan, CudaPlan)
