@@ -7,6 +7,19 @@ constexpr int SLAB_K = 128;
 constexpr int HALF_N = 32;
 constexpr int BLOCK_BYTES = 512;  // 16 outputs x one 16-byte load per lane
 
+// Which weight of a stack is multiplied, in kernels that are built for one (STACKED). Its number stands in device memory,
+// so that a loop on the device can count. The kernel ahead may have written it: such a launch is never a dependent one.
+struct Stack {
+    const int* layer;
+    int layers;  // numbers beyond count as the nearest
+
+    __device__ i64 number() const {
+        if (!STACKED) return 0;
+        const int found = *layer;
+        return found < 0 ? 0 : found < layers ? found : layers - 1;
+    }
+};
+
 template <class Codec, int granule>
 struct Layout {
     static constexpr int granules = SLAB_K / granule;              // rows of parameters in a slab

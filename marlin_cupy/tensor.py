@@ -128,6 +128,9 @@ class QuantizedTensor:
     #: same memory share it.
     range_factors: Array | None
 
+    #: For kernels, which can take one weight out of several: see kernels.operands.Stack.
+    stack: ClassVar[tuple[int, int]] = (0, 1)
+
     # NumPy and CuPy leave ``x @ w`` to __rmatmul__ when they see these.
     __array_ufunc__ = None
     __array_priority__ = 1000

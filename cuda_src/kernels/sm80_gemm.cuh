@@ -33,6 +33,7 @@ struct Args {
     int tiles;           // all output tiles
     int x_vector;        // token rows start at multiples of 16 bytes
     int y_vector;        // of 8 bytes
+    Stack stack;
 };
 
 struct Tile : Config {
@@ -76,7 +77,8 @@ extern "C" __global__ void __launch_bounds__(Tile::threads, Config::blocks_per_s
 
     int tile = static_cast<int>(begin / steps), step = static_cast<int>(begin % steps);
     const auto load_factors = [&](int tile) {
-        work.load_factors(args.factors, tile / args.tiles_m * Tile::rows + 16 * row_atom, args.slabs_n * SLAB_N);
+        const float* const factors = args.factors + args.stack.number() * args.slabs_n * SLAB_N;
+        work.load_factors(factors, tile / args.tiles_m * Tile::rows + 16 * row_atom, args.slabs_n * SLAB_N);
     };
     load_factors(tile);
     u32 now = ring, refill = ring + ring_bytes - Ring::bytes;

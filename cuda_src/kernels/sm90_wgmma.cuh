@@ -48,6 +48,7 @@ struct Args {
     int tiles_m, tiles_n;
     int y_vector;       // rows of y start at multiples of 16 bytes
     Schedule schedule;
+    Stack stack;
 };
 
 struct Tile : Config {
@@ -132,13 +133,14 @@ struct Corner {
 __device__ inline void produce_weights(const Args& args, u32 shared) {
     pin(shared);
     const u64 policy = args.tiles_m == 1 ? policy_evict_first() : policy_evict_normal();
+    const i64 pitch = static_cast<i64>(args.schedule.steps) * Packed::slab_bytes;
+    const u8* const weight = args.weight + args.stack.number() * args.slabs_n * pitch;
     Ring ring;
     for (Segments all = segments_of(args); all.next();) {
         const int first = Corner(args, all.now.tile).row_block;
         const int count = args.slabs_n - first < Tile::slabs ? args.slabs_n - first : Tile::slabs;
-        const i64 pitch = static_cast<i64>(args.schedule.steps) * Packed::slab_bytes;
         const Segment range = all.now.part(static_cast<int>(cluster_rank()), Tile::cluster);
-        const u8* source = args.weight + first * pitch + static_cast<i64>(range.begin) * Packed::slab_bytes;
+        const u8* source = weight + first * pitch + static_cast<i64>(range.begin) * Packed::slab_bytes;
 #pragma unroll 1
         for (int k = range.begin; k < range.end; ++k, source += Packed::slab_bytes) {
             const u32 full = shared + Place::full + 8 * ring.stage;
@@ -208,13 +210,14 @@ private:
     }
 
     __device__ void load_factors(int row_block) {
+        const float* const factors = args.factors + args.stack.number() * args.slabs_n * SLAB_N;
 #pragma unroll
         for (int r = 0; r < Tile::row_blocks; ++r) {
             const int block = row_block + wg_n * Tile::row_blocks + r;
 #pragma unroll
             for (int i = 0; i < 2; ++i)
                 factor[r][i] = Scaled::needs_factors && block < args.slabs_n
-                                   ? args.factors[SLAB_N * block + 16 * warp + lane / 4 + 8 * i]
+                                   ? factors[SLAB_N * block + 16 * warp + lane / 4 + 8 * i]
                                    : 1.0f;
         }
     }

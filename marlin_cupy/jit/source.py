@@ -41,12 +41,13 @@ def inline(text: str) -> str:
     return "\n".join(expand(text)) + "\n"
 
 
-def specialized(kernel: str, spec: Spec, dtype: str, config: str, shared_bytes: int) -> str:
+def specialized(kernel: str, spec: Spec, dtype: str, config: str, shared_bytes: int, stacked: bool = False) -> str:
     """The complete source of ``cuda_src/kernels/<kernel>.cuh`` for a weight, an activation dtype and a configuration.
 
     Args:
         config: the C++ struct Config.
         shared_bytes: dynamic shared memory that the host reserves; the kernel asserts that it needs as much.
+        stacked: for one weight of several, whose number is in device memory.
     """
     layout = spec.layout
     lines = [
@@ -56,6 +57,7 @@ def specialized(kernel: str, spec: Spec, dtype: str, config: str, shared_bytes: 
         f"using Scale = {_CPP_TYPES[spec.scale_dtype]};",
         f"constexpr int GRANULE = {layout.granule};",
         f"constexpr int SHARED_BYTES = {shared_bytes};",
+        f"constexpr bool STACKED = {str(stacked).lower()};",
     ]
     if layout.format.table is not None:
         values = ", ".join(f"{value!r}f" for value in layout.format.table)

@@ -119,18 +119,18 @@ class CudaKernel(Kernel):
     #: Its plan.
     plan_type: ClassVar[type[CudaPlan[Any]]]
 
-    def source_of(self, spec: Spec, dtype: str, config: Block) -> tuple[str, str]:
-        """(name, source) for a format, its granule, an activation dtype and a block.
+    def source_of(self, spec: Spec, dtype: str, config: Block, stacked: bool = False) -> tuple[str, str]:
+        """(name, source) for a format, its granule, an activation dtype and a block; see Problem for ``stacked``.
 
         The name is that of a readable file, to which the cache adds a hash; the source is complete.
         """
         name = f"{self.name}-{spec.format}-g{spec.layout.granule}-{dtype}"
-        return name, source.specialized(self.name, spec, dtype, config.cpp(), config.shared_bytes(spec.layout))
+        return name, source.specialized(self.name, spec, dtype, config.cpp(), config.shared_bytes(spec.layout), stacked)
 
     def source(self, problem: Problem, configuration: Configuration) -> tuple[str, str]:
         """(name, source) for its block."""
         assert isinstance(configuration, CudaConfiguration)
-        return self.source_of(problem.spec, problem.dtype, configuration.config)
+        return self.source_of(problem.spec, problem.dtype, configuration.config, problem.stacked)
 
     def plan(self, problem: Problem, configuration: Configuration) -> CudaPlan[Any]:
         """Compile and load its block."""

@@ -34,6 +34,18 @@ class Rows(NamedTuple):
         return self.pointer % nbytes == 0 and (self.number == 1 or 2 * self.stride % nbytes == 0)
 
 
+class Stack(NamedTuple):
+    """Which weight of several in one array is meant.
+
+    Attributes:
+        layer: device address of its number, int32; 0 where there is one weight.
+        layers: how many there are.
+    """
+
+    layer: int = 0
+    layers: int = 1
+
+
 class Weight(Protocol):
     """What a launch asks of a packed weight besides its spec, which the plan knows: a QuantizedTensor, for instance."""
 
@@ -53,6 +65,10 @@ class Weight(Protocol):
     def writes(self) -> Writes:
         """The record of that GPU."""
 
+    @property
+    def stack(self) -> tuple[int, int]:
+        """A :class:`Stack` where pointers are to several weights; launches with one must be plain."""
+
 
 class PackedWeight(NamedTuple):
     """A :class:`Weight` of which nothing but its addresses is known."""
@@ -61,6 +77,7 @@ class PackedWeight(NamedTuple):
     factors_pointer: int
     device: Device
     writes: Writes
+    stack: tuple[int, int] = Stack()
 
 
 class Launcher(Protocol):

@@ -17,7 +17,8 @@ class Problem:
     """y (M, N) = x (M, K) @ W (K, N) for a weight of ``spec`` with activations of ``dtype``.
 
     ``gpu`` is None where the weight lives in host memory. With ``batch_invariant`` a row of y must have the same bits
-    whatever M is and whatever the other rows hold.
+    whatever M is and whatever the other rows hold. ``stacked``: the weight is one of several in one array, and
+    which one is read from device memory.
     """
 
     M: int
@@ -25,6 +26,7 @@ class Problem:
     spec: Spec
     gpu: Gpu | None
     batch_invariant: bool = False
+    stacked: bool = False
 
 
 class Configuration(ABC):

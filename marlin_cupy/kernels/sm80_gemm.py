@@ -19,7 +19,7 @@ from marlin_cupy.tensor import Spec
 
 _MIN_ARCH = 80
 #: struct Args of the twin: seven pointers, two strides, nine ints.
-_ARGS = struct.Struct("=7Q2q9i4x")
+_ARGS = struct.Struct("=7Q2q9i4xQi4x")
 _ARGUMENTS = launch.ArgumentBlock(_ARGS.size)
 _WARP = 32
 
@@ -281,6 +281,7 @@ class Sm80Plan(CudaPlan[Tiling]):
             grid.tiles,
             x.start_at(16),
             y.start_at(8),
+            *w.stack,
         )
         self.function.launch(grid.blocks, config.threads, stream, _ARGUMENTS)
 

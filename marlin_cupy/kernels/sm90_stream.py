@@ -21,8 +21,8 @@ from marlin_cupy.kernels.problem import Candidate, Problem
 from marlin_cupy.layout import SLAB_K, SLAB_N, Layout
 from marlin_cupy.tensor import Spec
 
-#: struct Args of the twin: a tensor map, three pointers, a stride, seven ints; its size is a multiple of 64.
-_ARGS = struct.Struct("=128s3Qq7i4x")
+#: struct Args of the twin: a tensor map, three pointers, a stride, seven ints, a stack; its size is a multiple of 64.
+_ARGS = struct.Struct("=128s3Qq7i4xQi52x")
 _ARGUMENTS = launch.ArgumentBlock(_ARGS.size)
 _ARCH = "sm_90a"
 _MAX_M = 16
@@ -235,6 +235,7 @@ class StreamPlan(CopyEnginePlan[Streams]):
             -(-all_tiles // clusters),
             y.start_at(8),
             dependent,
+            *w.stack,
         )
         blocks, stream = clusters * config.cluster, launcher.stream(w.device)
         if dependent:

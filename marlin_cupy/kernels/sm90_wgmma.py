@@ -24,8 +24,8 @@ from marlin_cupy.kernels.problem import Candidate, Problem
 from marlin_cupy.layout import SLAB_K, SLAB_N, Layout
 from marlin_cupy.tensor import Spec
 
-#: struct Args of the twin: a tensor map, six pointers, a stride, twelve ints; its size is a multiple of 64.
-_ARGS = struct.Struct("=128s6Qq12i24x")
+#: struct Args of the twin: a tensor map, six pointers, a stride, twelve ints, a stack; its size is a multiple of 64.
+_ARGS = struct.Struct("=128s6Qq12iQi12x")
 _ARGUMENTS = launch.ArgumentBlock(_ARGS.size)
 _ARCH = "sm_90a"
 _WARPGROUP = 128
@@ -392,6 +392,7 @@ class WgmmaPlan(CopyEnginePlan[Tiling]):
             grid.blocks,
             grid.whole,
             *divmod(grid.shared_tiles * slabs_k, grid.blocks),
+            *w.stack,
         )
         blocks = grid.blocks * config.cluster
         if dependent:

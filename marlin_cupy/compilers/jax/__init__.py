@@ -43,7 +43,20 @@ def matmul(x: Array, w: QuantizedTensor, bias: Array | None, batch_invariant: bo
         raise ValueError(
             f"packed has shape {shape}, a stack of weights; index it, w[i], or let jax.lax.scan take it apart."
         )
+    if layer is not None:
+        layer = _checked_layer(layer, packed.shape[0])
     return _compiled(_Static(w.spec, batch_invariant), x, packed, factors, layer, bias)
+
+
+def _checked_layer(layer: Any, layers: int) -> Array:
+    """int32; a traced number beyond the stack counts as the nearest, as elsewhere in JAX."""
+    if getattr(layer, "shape", ()) != () or not jnp.issubdtype(jnp.result_type(layer), jnp.integer):
+        raise TypeError(f"a stack of weights was indexed with {layer!r}; use an integer.")
+    if not isinstance(layer, jax.core.Tracer):
+        if not -layers <= layer < layers:
+            raise IndexError(f"weight {layer} was asked for, of a stack of {layers}.")
+        layer = layer % layers
+    return jnp.asarray(layer, jnp.int32)
 
 
 def _in_jax(w: QuantizedTensor) -> QuantizedTensor:
@@ -104,10 +117,7 @@ def _folded(static: _Static) -> Any:
 
     @custom_vmap
     def product(x: Array, packed: Array, factors: Any, layer: Any, bias: Any) -> Array:
-        if layer is not None:
-            packed = jax.lax.dynamic_index_in_dim(packed, layer, keepdims=False)
-            factors = jax.lax.dynamic_index_in_dim(factors, layer, keepdims=False)
-        y = _rows(static, x.reshape(-1, x.shape[-1]) if x.ndim != 2 else x, packed, factors, bias)
+        y = _rows(static, x.reshape(-1, x.shape[-1]) if x.ndim != 2 else x, packed, factors, layer, bias)
         return y.reshape(*x.shape[:-1], y.shape[-1]) if x.ndim != 2 else y
 
     product.def_vmap(functools.partial(_batched, product))
@@ -120,9 +130,7 @@ def _transposed(static: _Static) -> Any:
 
     @custom_vmap
     def product(dy: Array, packed: Array, layer: Any) -> Array:
-        if layer is not None:
-            packed = jax.lax.dynamic_index_in_dim(packed, layer, keepdims=False)
-        return _rows_transposed(static, dy, packed)
+        return _rows_transposed(static, dy, _layer_of(packed, layer))
 
     product.def_vmap(functools.partial(_batched, product))
     return product
@@ -148,23 +156,25 @@ def _batched(product: Any, axis_size: int, batched: Any, *arguments: Any) -> tup
 # ---- (M, K) @ (K, N)
 
 
-def _rows(static: _Static, x: Array, packed: Array, factors: Array | None, bias: Array | None) -> Array:
+def _rows(
+    static: _Static, x: Array, packed: Array, factors: Array | None, layer: Array | None, bias: Array | None
+) -> Array:
     """On a GPU by our kernels, elsewhere in float32 on the dequantized weight."""
     spec, layout = static.spec, static.spec.layout
     if x.shape[0] == 0:
         return jnp.zeros((0, spec.shape[1]), x.dtype)
 
-    def on_gpu(x: Array, packed: Array, factors: Any, bias: Any) -> Array:
+    def on_gpu(x: Array, packed: Array, factors: Any, layer: Any, bias: Any) -> Array:
         if factors is None:  # of a weight in host memory, which has none
             factors = layout.range_factors(packed)
-        return launching.gemm(spec, static.batch_invariant, x, packed, factors, bias)
+        return launching.gemm(spec, static.batch_invariant, x, packed, factors, layer, bias)
 
-    def reference(x: Array, packed: Array, factors: Any, bias: Any) -> Array:
-        weight = decoded(layout, packed, spec.shape[1])
+    def reference(x: Array, packed: Array, factors: Any, layer: Any, bias: Any) -> Array:
+        weight = decoded(layout, _layer_of(packed, layer), spec.shape[1])
         y = _dot(x.astype(jnp.float32), weight)
         return (y if bias is None else y + bias.astype(jnp.float32)).astype(x.dtype)
 
-    return jax.lax.platform_dependent(x, packed, factors, bias, cuda=on_gpu, default=reference)
+    return jax.lax.platform_dependent(x, packed, factors, layer, bias, cuda=on_gpu, default=reference)
 
 
 def _rows_transposed(static: _Static, dy: Array, packed: Array) -> Array:
@@ -179,6 +189,11 @@ def _rows_transposed(static: _Static, dy: Array, packed: Array) -> Array:
         return _dot(dy.astype(jnp.float32), decoded(layout, packed, N).T).astype(dy.dtype)
 
     return jax.lax.platform_dependent(dy, packed, cuda=on_gpu, default=reference)
+
+
+def _layer_of(packed: Array, layer: Array | None) -> Array:
+    """One weight of a stack, copied."""
+    return packed if layer is None else jax.lax.dynamic_index_in_dim(packed, layer, keepdims=False)
 
 
 def _dot(x: Array, weight: Array) -> Array:

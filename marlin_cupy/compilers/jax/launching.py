@@ -20,7 +20,7 @@ from marlin_cupy.device import Device, Gpu, cuda, gpu, gpu_count, gpu_of_arch
 from marlin_cupy.errors import UnsupportedError
 from marlin_cupy.kernels import Candidate, Problem, tuned
 from marlin_cupy.kernels.cuda import CudaConfiguration, CudaPlan
-from marlin_cupy.kernels.operands import PackedWeight, Rows
+from marlin_cupy.kernels.operands import PackedWeight, Rows, Stack
 from marlin_cupy.tensor import Spec
 
 _TARGET = "marlin_cupy_matmul"
@@ -28,17 +28,20 @@ _TARGET = "marlin_cupy_matmul"
 _USUAL_ARCH = "sm_90a"
 
 
-def gemm(spec: Spec, batch_invariant: bool, x: Any, packed: Any, factors: Any, bias: Any | None) -> Any:
+def gemm(
+    spec: Spec, batch_invariant: bool, x: Any, packed: Any, factors: Any, layer: Any | None, bias: Any | None
+) -> Any:
     """``x @ W + bias`` as a call of :func:`_handle`.
 
     Args:
         spec: of the weight.
         x: [M, K], M > 0.
-        packed, factors: the weight and its range factors.
+        packed, factors: the weight and its range factors, or stacks of them.
+        layer: which one of a stack, or None.
         bias: [N] or None.
     """
     M, dtype = x.shape[0], x.dtype.name
-    problem = Problem(M, dtype, spec, _target(), batch_invariant)
+    problem = Problem(M, dtype, spec, _target(), batch_invariant, layer is not None)
     results = [_result((M, spec.shape[1]), x.dtype, x)]
     try:
         chosen = _chosen(problem, tuned.generation)
@@ -55,12 +58,13 @@ def gemm(spec: Spec, batch_invariant: bool, x: Any, packed: Any, factors: Any, b
             "dtype": dtype,
             "batch_invariant": batch_invariant,
             "bias": bias is not None,
+            "layers": None if layer is None else packed.shape[0],
             "gpu": [problem.gpu.arch, problem.gpu.sm_count],
             "candidate": chosen.key,
         }
         if chosen.configuration.exchange_floats:
             results.append(_result((chosen.configuration.exchange_floats,), jnp.float32, x))
-    operands = [x, packed, factors] + ([] if bias is None else [bias])
+    operands = [x, packed, factors, *(each for each in (bias, layer) if each is not None)]
     call: Any = jax.ffi.ffi_call(_TARGET, results)
     return call(*operands, text=json.dumps(text, sort_keys=True))[0]
 
@@ -115,24 +119,25 @@ class _Lender:
 
 def _handle(call: ffi.Call) -> None:
     """Launch, plainly: XLA may have written the weight just before, a copy of a slice for instance."""
-    plan, has_bias = _plan_of(call.text, call.device)
-    x, packed, factors = call.operands[:3]
+    plan, has_bias, layers = _plan_of(call.text, call.device)
+    x, packed, factors, *others = call.operands
     K, N = plan.problem.spec.shape
     M = plan.problem.M
-    weight = PackedWeight(packed, factors, cuda(call.device), writes.of_gpu(call.device))
-    bias = call.operands[3] if has_bias else 0
+    stack = Stack() if layers is None else Stack(others[-1], layers)
+    weight = PackedWeight(packed, factors, cuda(call.device), writes.of_gpu(call.device), stack)
+    bias = others[0] if has_bias else 0
     plan.enqueue(_Lender(call), Rows(x, K, M), weight, bias, Rows(call.results[0], N, M), False)
 
 
 @functools.lru_cache(maxsize=4096)
-def _plan_of(text: bytes, device: int) -> tuple[CudaPlan[Any], bool]:
-    """What the text of a call means on GPU ``device``."""
+def _plan_of(text: bytes, device: int) -> tuple[CudaPlan[Any], bool, int | None]:
+    """What the text of a call means on a GPU: a plan, whether there is a bias, how many weights a stack has."""
     found = json.loads(text)
     if "refused" in found:
         raise UnsupportedError(found["refused"])
     here = gpu(device)
     spec = Spec(**{**found["spec"], "shape": tuple(found["spec"]["shape"])})
-    problem = Problem(found["M"], found["dtype"], spec, here, found["batch_invariant"])
+    problem = Problem(found["M"], found["dtype"], spec, here, found["batch_invariant"], found["layers"] is not None)
     candidate = next((each for each in kernels.candidates(problem) if each.key == found["candidate"]), None)
     if candidate is None or found["gpu"] != [here.arch, here.sm_count]:
         arch, sms = found["gpu"]
@@ -142,7 +147,7 @@ def _plan_of(text: bytes, device: int) -> tuple[CudaPlan[Any], bool]:
         )
     plan = kernels.plan(problem, candidate)
     assert isinstance(plan, CudaPlan)
-    return plan, found["bias"]
+    return plan, found["bias"], found["layers"]
 
 
 ffi.register(_TARGET, _handle)
