@@ -133,14 +133,13 @@ struct Corner {
 __device__ inline void produce_weights(const Args& args, u32 shared) {
     pin(shared);
     const u64 policy = args.tiles_m == 1 ? policy_evict_first() : policy_evict_normal();
-    const i64 pitch = static_cast<i64>(args.schedule.steps) * Packed::slab_bytes;
-    const u8* const weight = args.weight + args.stack.number() * args.slabs_n * pitch;
     Ring ring;
     for (Segments all = segments_of(args); all.next();) {
         const int first = Corner(args, all.now.tile).row_block;
         const int count = args.slabs_n - first < Tile::slabs ? args.slabs_n - first : Tile::slabs;
+        const i64 pitch = static_cast<i64>(args.schedule.steps) * Packed::slab_bytes;
         const Segment range = all.now.part(static_cast<int>(cluster_rank()), Tile::cluster);
-        const u8* source = weight + first * pitch + static_cast<i64>(range.begin) * Packed::slab_bytes;
+        const u8* source = args.weight + (args.stack.number() * args.slabs_n + first) * pitch + static_cast<i64>(range.begin) * Packed::slab_bytes;
 #pragma unroll 1
         for (int k = range.begin; k < range.end; ++k, source += Packed::slab_bytes) {
             const u32 full = shared + Place::full + 8 * ring.stage;
