@@ -187,5 +187,5 @@ class Layout:
         xp = namespace(data)
         if self.format.bits == 4:
             data = xp.stack([data & 15, data >> 4], axis=-1)
-        inverse = sorted(range(8), key=lambda value: self.format.order[value])
-        return data.reshape(-1, 8)[:, xp.asarray(inverse)]
+        words = data.reshape(-1, 8)  # columns by number, since an array of them would be a constant in a JAX program
+        return xp.stack([words[:, self.format.order.index(value)] for value in range(8)], axis=-1)

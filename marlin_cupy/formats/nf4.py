@@ -42,7 +42,9 @@ class NormalFloat(Format):
     def decode(self, codes: Array, params: Params) -> Array:
         """Table look-up, then scale, in float32."""
         xp = namespace(codes)
-        return xp.asarray(TABLE, dtype=xp.float32)[codes] * params[SCALE][:, None, :]
+        # Level by level: an array of them would be a constant in a JAX program, which cannot be split among devices.
+        table = xp.stack([xp.full((), level, dtype=xp.float32) for level in TABLE])
+        return table[codes] * params[SCALE][:, None, :]
 
 
 register(

@@ -5,7 +5,8 @@ Each layer here gives the product one transformation more::
     matmul          checks, jax.jit for calls from outside a program
     _product        grad: dX from the same packed weight
     _folded         vmap: a batch of x becomes more rows
-    _rows           (M, K): on a GPU a call of launching, elsewhere plain jax.numpy
+    _rows           (M, K): split among devices by partitioning
+    _share          on one device: on a GPU a call of launching, elsewhere plain jax.numpy
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ import jax.numpy as jnp
 from jax.custom_batching import custom_vmap
 
 from marlin_cupy.compilers.jax import launching
+from marlin_cupy.compilers.jax.partitioning import Multiply, partitioned, varying_alike
 from marlin_cupy.device import CPU
 from marlin_cupy.errors import UnsupportedError
 from marlin_cupy.tensor import QuantizedTensor, Spec, decoded
@@ -70,7 +72,7 @@ def _in_jax(w: QuantizedTensor) -> QuantizedTensor:
 def _compiled(
     static: _Static, x: Array, packed: Array, factors: Array | None, layer: Array | None, bias: Array | None
 ) -> Array:
-    return _product(static, x, packed, factors, layer, bias)
+    return _product(static, *varying_alike(x, packed, factors, layer, bias))
 
 
 # ---- grad
@@ -159,22 +161,31 @@ def _batched(product: Any, axis_size: int, batched: Any, *arguments: Any) -> tup
 def _rows(
     static: _Static, x: Array, packed: Array, factors: Array | None, layer: Array | None, bias: Array | None
 ) -> Array:
-    """On a GPU by our kernels, elsewhere in float32 on the dequantized weight."""
-    spec, layout = static.spec, static.spec.layout
     if x.shape[0] == 0:
-        return jnp.zeros((0, spec.shape[1]), x.dtype)
+        return jnp.zeros((0, static.spec.shape[1]), x.dtype)
+    return partitioned(_share(static.batch_invariant), static.spec, x, packed, factors, layer, bias)
 
-    def on_gpu(x: Array, packed: Array, factors: Any, layer: Any, bias: Any) -> Array:
-        if factors is None:  # of a weight in host memory, which has none
-            factors = layout.range_factors(packed)
-        return launching.gemm(spec, static.batch_invariant, x, packed, factors, layer, bias)
 
-    def reference(x: Array, packed: Array, factors: Any, layer: Any, bias: Any) -> Array:
-        weight = decoded(layout, _layer_of(packed, layer), spec.shape[1])
-        y = _dot(x.astype(jnp.float32), weight)
-        return (y if bias is None else y + bias.astype(jnp.float32)).astype(x.dtype)
+@functools.cache
+def _share(batch_invariant: bool) -> Multiply:
+    """The product on one device: on a GPU by our kernels, elsewhere in float32 on the dequantized weight."""
 
-    return jax.lax.platform_dependent(x, packed, factors, layer, bias, cuda=on_gpu, default=reference)
+    def multiply(spec: Spec, x: Array, packed: Array, factors: Any, layer: Any, bias: Any) -> Array:
+        layout = spec.layout
+
+        def on_gpu(x: Array, packed: Array, factors: Any, layer: Any, bias: Any) -> Array:
+            if factors is None:  # of a weight in host memory, which has none
+                factors = layout.range_factors(packed)
+            return launching.gemm(spec, batch_invariant, x, packed, factors, layer, bias)
+
+        def reference(x: Array, packed: Array, factors: Any, layer: Any, bias: Any) -> Array:
+            weight = decoded(layout, _layer_of(packed, layer), spec.shape[1])
+            y = _dot(x.astype(jnp.float32), weight)
+            return (y if bias is None else y + bias.astype(jnp.float32)).astype(x.dtype)
+
+        return jax.lax.platform_dependent(x, packed, factors, layer, bias, cuda=on_gpu, default=reference)
+
+    return multiply
 
 
 def _rows_transposed(static: _Static, dy: Array, packed: Array) -> Array:

@@ -72,10 +72,14 @@ def gemm(
 def _result(shape: tuple[int, ...], dtype: Any, like: Any) -> Any:
     """A result that varies over the devices of jax.shard_map as ``like`` does."""
     kind: Any = jax.typeof(like)
-    varying = next((name for name in ("manual_axis_type", "vma") if hasattr(kind, name)), None)  # by version of JAX
-    options = {} if varying is None else {varying: getattr(kind, varying)}
     make: Any = jax.ShapeDtypeStruct
-    return make(shape, dtype, **options)
+    if not getattr(jax.sharding.get_abstract_mesh(), "manual_axes", ()):
+        return make(shape, dtype)
+    if hasattr(kind, "manual_axis_type"):  # of newer versions of JAX, which want a sharding with it
+        everywhere: Any = jax.sharding.PartitionSpec
+        here = jax.sharding.NamedSharding(kind.sharding.mesh, everywhere())
+        return make(shape, dtype, sharding=here, manual_axis_type=kind.manual_axis_type)
+    return make(shape, dtype, vma=kind.vma)
 
 
 @functools.cache

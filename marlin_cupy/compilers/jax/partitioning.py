@@ -1,0 +1,144 @@
+"""What a compiler that spreads a program over devices makes of a product: column, row and batch parallel.
+
+    x (M, K)  packed (N / 64, K / 128, bytes)      y (M, N)
+       m  k           n        k                      m  n
+
+Sharded n splits outputs, sharded k splits the sum, which the devices then add up, sharded m splits rows. Each device
+multiplies by the share of the packed weight that it has: nothing of a weight is ever gathered.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import custom_partitioning
+from jax.sharding import NamedSharding
+
+from marlin_cupy.layout import SLAB_K, SLAB_N
+from marlin_cupy.tensor import Spec
+
+# Of these JAX's annotations say too little.
+_custom_partitioning: Any = custom_partitioning.custom_partitioning
+_PartitionSpec: Any = jax.sharding.PartitionSpec
+_lax: Any = jax.lax
+
+#: (spec of the share, x, packed, factors, layer, bias) -> y.
+Multiply = Callable[[Spec, Any, Any, Any | None, Any | None, Any | None], Any]
+
+
+def partitioned(
+    multiply: Multiply, spec: Spec, x: Any, packed: Any, factors: Any | None, layer: Any | None, bias: Any | None
+) -> Any:
+    """``multiply`` by shares, where the program is compiled for several devices.
+
+    Inside jax.shard_map the arrays are shares already.
+    """
+    if _manual_axes():
+        return multiply(spec, x, packed, factors, layer, bias)
+    given = tuple(each is not None for each in (factors, layer, bias))
+    operands = [each for each in (factors, layer, bias) if each is not None]
+    return _operation(multiply, spec, given)(x, packed, *operands)
+
+
+def varying_alike(*arrays: Any) -> list[Any]:
+    """Inside jax.shard_map: arrays that vary over the same axes of the mesh, those of all together; None stays None.
+
+    Gradients of what did not vary are then added up by JAX.
+    """
+    if not _manual_axes():
+        return list(arrays)
+    axes = frozenset[str]().union(*(_varying(each) for each in arrays if each is not None))
+    return [each if each is None or _varying(each) == axes else _vary(each, axes - _varying(each)) for each in arrays]
+
+
+def _manual_axes() -> Any:
+    return getattr(jax.sharding.get_abstract_mesh(), "manual_axes", ())
+
+
+def _varying(array: Any) -> frozenset[str]:
+    kind: Any = jax.typeof(array)
+    found: frozenset[str] = kind.manual_axis_type.varying if hasattr(kind, "manual_axis_type") else kind.vma
+    return found
+
+
+def _vary(array: Any, axes: frozenset[str]) -> Any:
+    names, lax = tuple(sorted(axes)), _lax
+    return lax.pcast(array, names, to="varying") if hasattr(lax, "pcast") else lax.pvary(array, names)
+
+
+@functools.lru_cache(maxsize=4096)
+def _operation(multiply: Multiply, spec: Spec, given: tuple[bool, bool, bool]) -> Any:
+    """For which of range factors, layer and bias there are."""
+    stacked = given[1]
+
+    def whole(x: Any, packed: Any, *others: Any) -> Any:
+        return multiply(spec, x, packed, *_spread(others, given))
+
+    def partition(mesh: Any, operands: Any, result: Any) -> Any:
+        axes_m, _ = _axes(operands[0].sharding, 2)
+        axes_n, axes_k = _axes(operands[1].sharding, len(operands[1].shape))[-3:-1]
+        if {*_names(axes_m)} & {*_names(axes_n), *_names(axes_k)}:
+            axes_m = None
+        shape = list(operands[1].shape)
+        shape[-3] //= _count(mesh, axes_n)
+        shape[-2] //= _count(mesh, axes_k)
+        of_share = spec.of_part(tuple(shape))
+
+        def lower(x: Any, packed: Any, *others: Any) -> Any:
+            factors, layer, bias = _spread(others, given)
+            if axes_k is None:
+                return multiply(of_share, x, packed, factors, layer, bias)
+            y = multiply(of_share, x, packed, factors, layer, None).astype(jnp.float32)
+            y = _lax.psum(y, axes_k)
+            return (y if bias is None else y + bias.astype(jnp.float32)).astype(x.dtype)
+
+        lead = (None,) * stacked
+        specs = [(axes_m, axes_k), (*lead, axes_n, axes_k, None)]
+        specs += [each for each, is_given in zip([(*lead, axes_n), (), (axes_n,)], given, strict=True) if is_given]
+        named = [NamedSharding(mesh, _PartitionSpec(*each)) for each in specs]
+        return mesh, lower, NamedSharding(mesh, _PartitionSpec(axes_m, axes_n)), tuple(named)
+
+    operation = _custom_partitioning(whole)
+    operation.def_partition(partition=partition, **_rule(spec, given))
+    return operation
+
+
+def _rule(spec: Spec, given: tuple[bool, bool, bool]) -> dict[str, Any]:
+    """The factors of the dimensions; K and N are those of packed times the size of a slab where nothing is padded."""
+    K, N = spec.shape
+    sizes: dict[str, int] = {}
+    inputs, outputs, factors = "p", "q", "r"
+    if K % SLAB_K == 0:
+        inputs, sizes["i"] = "(k i)", SLAB_K
+    if N % SLAB_N == 0:
+        outputs = factors = "(n j)"
+        sizes["j"] = SLAB_N
+    lead = "l " if given[1] else ""
+    others = [each for each, is_given in zip([lead + factors, "", outputs], given, strict=True) if is_given]
+    return {"sharding_rule": f"{', '.join([f'm {inputs}', f'{lead}n k b', *others])} -> m {outputs}", **sizes}
+
+
+def _spread(others: tuple[Any, ...], given: tuple[bool, bool, bool]) -> list[Any | None]:
+    """Range factors, layer and bias, None for those that are not there."""
+    left = iter(others)
+    return [next(left) if is_given else None for is_given in given]
+
+
+def _axes(sharding: Any, rank: int) -> tuple[Any, ...]:
+    spec = tuple(getattr(sharding, "spec", ()))
+    return (*spec, *(None,) * (rank - len(spec)))
+
+
+def _names(axes: Any) -> tuple[str, ...]:
+    return () if axes is None else (axes,) if isinstance(axes, str) else tuple(axes)
+
+
+def _count(mesh: Any, axes: Any) -> int:
+    count = 1
+    for name in _names(axes):
+        count *= mesh.shape[name]
+    return count

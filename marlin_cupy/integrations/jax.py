@@ -1,0 +1,90 @@
+"""Weights for JAX programs: stacks of them for jax.lax.scan, and shares of them for meshes of devices."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from marlin_cupy.layout import SLAB_K, SLAB_N
+from marlin_cupy.tensor import QuantizedTensor
+
+
+def stack(ws: Sequence[QuantizedTensor]) -> QuantizedTensor:
+    """Weights of one shape and format in one array, for layers that jax.lax.scan runs through.
+
+    ``stacked[layer]`` is one of them for ``x @ stacked[layer]``, where ``layer`` may be traced: on a GPU the kernel
+    reads that layer in place. (A stack among the ``xs`` of a scan is right too; XLA then copies each layer's slice.)
+
+    Args:
+        ws: of any libraries and devices; they go where JAX puts arrays. Memory for all of them is needed twice.
+
+    Raises:
+        ValueError: none, or different ones. TypeError: no weights.
+    """
+    for w in ws:
+        if not isinstance(w, QuantizedTensor):
+            raise TypeError(f"ws holds a {type(w).__name__}; pass QuantizedTensors.")
+    if len({w.spec for w in ws}) != 1:
+        given = ", ".join(dict.fromkeys(f"{w.format} {w.shape} group_size={w.group_size}" for w in ws)) or "nothing"
+        raise ValueError(f"ws holds {given}; pass weights of one shape, format, group size and scale dtype.")
+    stacked: QuantizedTensor = jax.tree.map(lambda *parts: jnp.stack(parts), *[w.to("jax") for w in ws])
+    return stacked
+
+
+def partition_specs(w: QuantizedTensor, mesh: Mesh, spec: PartitionSpec) -> QuantizedTensor:
+    """The PartitionSpec of each array of ``w``, as a tree of its structure: what ``in_specs`` of jax.shard_map takes.
+
+    Args:
+        w: a weight, or a stack of weights.
+        mesh: of devices.
+        spec: of the logical (K, N): ``PartitionSpec(None, "model")`` gives each device some outputs (column parallel),
+            ``PartitionSpec("model", None)`` some inputs, whose sums are then to be added up (row parallel).
+
+    Raises:
+        ValueError: an axis that the mesh does not have, or shares that are not whole slabs of 64 outputs and 128 inputs
+            and whole groups; the message says what would fit.
+    """
+    if len(spec) > 2:
+        raise ValueError(f"spec is {spec}; a weight has two axes, (K, N).")
+    axes_k, axes_n = (*spec, None, None)[:2]
+    K, N = w.whole.shape
+    unit_k = math.lcm(SLAB_K, max(w.group_size, 1))
+    for name, size, unit, axes in (("K", K, unit_k, axes_k), ("N", N, SLAB_N, axes_n)):
+        count = _count(mesh, axes)
+        if count > 1 and size % (unit * count):
+            fits = [str(each) for each in range(1, count) if each == 1 or size % (unit * each) == 0]
+            raise ValueError(
+                f"{name}={size} cannot be split among {count} devices: each needs a multiple of {unit}. "
+                f"Of fewer devices {', '.join(fits)} would do."
+            )
+    lead = (None,) * (len(w.packed.shape) - 3)
+    make: Any = PartitionSpec
+    return QuantizedTensor.of_parts(w.whole, (make(*lead, axes_n, axes_k, None), make(*lead, axes_n), None))
+
+
+def shard(w: QuantizedTensor, mesh: Mesh, spec: PartitionSpec) -> QuantizedTensor:
+    """``w`` spread over the devices of ``mesh``, each of which gets a share that is a weight by itself.
+
+    Inside jax.jit products with it are computed where the shares are. Arguments and errors are those of
+    :func:`partition_specs`.
+    """
+    specs = partition_specs(w, mesh, spec)
+    in_jax = w if isinstance(w.packed, jax.Array) else w.to("jax")
+    parts = [
+        jax.device_put(part, NamedSharding(mesh, of_part))
+        for part, of_part in zip(in_jax.parts[:2], specs.parts[:2], strict=True)
+    ]
+    return QuantizedTensor.of_parts(w.whole, (*parts, None))
+
+
+def _count(mesh: Mesh, axes: Any) -> int:
+    names = () if axes is None else (axes,) if isinstance(axes, str) else tuple(axes)
+    for name in names:
+        if name not in mesh.shape:
+            raise ValueError(f"spec names the axis {name!r}; the mesh has {', '.join(map(str, mesh.shape))}.")
+    return math.prod(mesh.shape[name] for name in names)
