@@ -22,7 +22,7 @@ from marlin_cupy import formats, frameworks, writes
 from marlin_cupy.device import CPU, Device, gpu, gpu_count, import_cupy, namespace
 from marlin_cupy.errors import DeviceError, FileFormatError
 from marlin_cupy.formats.scalars import BFLOAT16, FLOAT16, FLOAT32, HALF_DTYPES, MAX, from_bits, to_bits
-from marlin_cupy.layout import SLAB_N, Layout
+from marlin_cupy.layout import SLAB_K, SLAB_N, Layout
 
 Array = Any  # an array of any library
 
@@ -77,18 +77,7 @@ class QuantizedTensor:
     (ceil(N/64), ceil(K/128), slab_bytes) of any library, see ``layout.py``.
     """
 
-    __slots__ = (
-        "_native",
-        "device",
-        "factors_pointer",
-        "layout",
-        "packed",
-        "plans",
-        "pointer",
-        "range_factors",
-        "spec",
-        "writes",
-    )
+    # Without __slots__, which torch.compile of PyTorch 2.4 cannot look into.
 
     # NumPy and CuPy leave ``x @ w`` to __rmatmul__ when they see these.
     __array_ufunc__ = None
@@ -116,14 +105,16 @@ class QuantizedTensor:
         self.plans: dict[Any, Any] = {}  # launches by (M, dtype), kept by the kernels
         self.pointer, self.factors_pointer = 0, 0
         self.writes = writes.Writes() if self.device == CPU else writes.of_gpu(self.device.index)
+        self._factors = None if range_factors is None else _native(range_factors, "range_factors")
         if self.device != CPU:
             self.pointer = int(native.data.ptr)
-            if range_factors is None:
+            if self._factors is None:
                 with _on(self.device):
-                    range_factors = layout.range_factors(native)
-            self.factors_pointer = int(range_factors.data.ptr)
-        #: On a GPU, float32 per output, see Layout.range_factors. Tensors over the same memory share it.
-        self.range_factors = range_factors
+                    self._factors = layout.range_factors(native)
+            self.factors_pointer = int(self._factors.data.ptr)
+        #: On a GPU, float32 per output, see Layout.range_factors, in the library of ``packed``. Tensors over the same
+        #: memory share it.
+        self.range_factors = None if self._factors is None else framework.from_native(self._factors)
         self.writes.mark()  # packed may have been filled a moment ago
 
     @property
@@ -159,6 +150,11 @@ class QuantizedTensor:
 
     def __rmatmul__(self, x: Array) -> Array:
         return QuantizedTensor.multiply(x, self)
+
+    @classmethod
+    def __torch_function__(cls, function: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
+        # PyTorch asks this before __rmatmul__, and torch.compile, which traces ``x @ w`` no other way, instead of it.
+        return cls.multiply(*args) if function.__name__ == "matmul" and not kwargs else NotImplemented
 
     def unpack(self) -> Unpacked:
         """Logical codes and parameters as NumPy or CuPy arrays: the exact inverse of :func:`pack`."""
@@ -211,7 +207,7 @@ class QuantizedTensor:
                 native = native.get()
             elif where == "cupy" and self.device == CPU:
                 return self.to("cuda")
-            factors = None if where == "numpy" else self.range_factors
+            factors = None if where == "numpy" else self._factors
             return QuantizedTensor(self.spec, frameworks.by_name(where).from_native(native), range_factors=factors)
         try:
             device = Device.parse(where)
@@ -221,12 +217,76 @@ class QuantizedTensor:
                 'or a device ("cpu", "cuda", "cuda:N").'
             ) from None
         if device == self.device:
-            return QuantizedTensor(self.spec, self._native, range_factors=self.range_factors)
+            return QuantizedTensor(self.spec, self._native, range_factors=self._factors)
         factors = None
         if device != CPU:  # computed here, where that needs no kernel to be compiled
-            factors = self.layout.range_factors(self._native) if self.device == CPU else self.range_factors
+            factors = self.layout.range_factors(self._native) if self.device == CPU else self._factors
             factors = _moved(factors, device)
         return QuantizedTensor(self.spec, _moved(self._native, device), range_factors=factors)
+
+    def columns(self, start: int, stop: int) -> QuantizedTensor:
+        """The weight of outputs ``start`` to ``stop``, W[:, start:stop], in memory of its own.
+
+        Args:
+            start, stop: multiples of 64; ``stop`` may be N.
+
+        Raises:
+            ValueError: any other numbers.
+        """
+        N = self.shape[1]
+        _check_cut("columns", start, stop, N, SLAB_N, f"blocks of {SLAB_N} outputs")
+        return self._cut(slice(start // SLAB_N, -(-stop // SLAB_N)), slice(None), (self.shape[0], stop - start))
+
+    def rows(self, start: int, stop: int) -> QuantizedTensor:
+        """The weight of inputs ``start`` to ``stop``, W[start:stop], in memory of its own.
+
+        Args:
+            start, stop: multiples of 128 and of the group size (of 128 where one group is all of K); ``stop`` may be K.
+
+        Raises:
+            ValueError: any other numbers.
+        """
+        K = self.shape[0]
+        _check_cut("rows", start, stop, K, self._row_step, f"slabs of {SLAB_K} inputs and whole groups")
+        return self._cut(slice(None), slice(start // SLAB_K, -(-stop // SLAB_K)), (stop - start, self.shape[1]))
+
+    def shard(self, axis: int, index: int, count: int) -> QuantizedTensor:
+        """One of ``count`` equal parts along K or N, for devices that share a product.
+
+        Args:
+            axis: of the logical shape. 0 cuts K: each part takes its part of x, and the products are to be added up.
+                1 cuts N: the products stand side by side.
+            index: which part, from 0.
+            count: of parts.
+
+        Raises:
+            ValueError: no such axis or part, or parts that would not end where :meth:`rows` or :meth:`columns` can cut;
+                the message says into how many they can.
+        """
+        if axis not in (0, 1):
+            raise ValueError(f"axis is {axis!r}; 0 cuts K and 1 cuts N.")
+        if not 0 <= index < count:
+            raise ValueError(f"index is {index!r} of {count!r} parts; use 0 to count - 1.")
+        size, step = self.shape[axis], (self._row_step, SLAB_N)[axis]
+        if count > 1 and size % (count * step):
+            fits = [str(n) for n in range(1, max(1, size // step) + 1) if n == 1 or size % (n * step) == 0]
+            raise ValueError(
+                f"{'KN'[axis]}={size} cannot be cut into {count} equal parts at multiples of {step}; "
+                f"into {', '.join(fits)} it can."
+            )
+        part = size // count
+        return (self.rows, self.columns)[axis](index * part, (index + 1) * part)
+
+    @property
+    def _row_step(self) -> int:
+        """Where K can be cut: at multiples of this."""
+        return SLAB_K if self.group_size == -1 else math.lcm(SLAB_K, self.group_size)
+
+    def _cut(self, slabs_n: slice, slabs_k: slice, shape: tuple[int, int]) -> QuantizedTensor:
+        with _on(self.device):
+            packed = self._native[slabs_n, slabs_k].copy()
+        spec = Spec(self.format, shape, self.group_size, self.scale_dtype)
+        return QuantizedTensor(spec, frameworks.of(self.packed).from_native(packed))
 
     def update_(self, weight: Array, search: str = "absmax") -> QuantizedTensor:
         """Re-quantize ``weight`` (K, N) into the same memory, so that pointers held elsewhere stay valid.
@@ -259,9 +319,9 @@ class QuantizedTensor:
 
     def _refresh_factors(self) -> None:
         """In the same memory, since launches in graphs read it."""
-        if self.range_factors is not None:
+        if self._factors is not None:
             with _on(self.device):
-                self.range_factors[...] = self.layout.range_factors(self._native)
+                self._factors[...] = self.layout.range_factors(self._native)
 
     def __reduce__(self) -> tuple[type[QuantizedTensor], tuple[Spec, Array]]:
         # Copies and pickles are made by the constructor: an address and loaded kernels do not travel.
@@ -525,6 +585,15 @@ def _check_range(spec: Spec, largest: float) -> None:
         raise ValueError(
             f"weights up to {largest:.3g} need scales of {needed:.3g} at most, which float16 holds coarsely or not at "
             'all; use scale_dtype="bfloat16" or rescale the weight.'
+        )
+
+
+def _check_cut(what: str, start: int, stop: int, size: int, step: int, pieces: str) -> None:
+    """ValueError unless a weight can be cut there."""
+    if not 0 <= start < stop <= size or start % step or (stop % step and stop != size):
+        raise ValueError(
+            f"{what} {start!r} to {stop!r} of {size} were asked for; a packed weight is cut into {pieces}: "
+            f"use multiples of {step}, and {size} for the end."
         )
 
 

@@ -1,4 +1,4 @@
-"""PyTorch tensors: eager, and while a CUDA graph is captured."""
+"""PyTorch tensors: eager, and while a CUDA graph is captured. What is compiled or differentiated is in compilers."""
 
 from __future__ import annotations
 
@@ -16,6 +16,8 @@ from marlin_cupy.frameworks.framework import StreamFramework
 _NAMES = {torch.float16: "float16", torch.bfloat16: "bfloat16"}
 _DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "uint8": torch.uint8, "float32": torch.float32}
 _BFLOAT16 = numpy.dtype(ml_dtypes.bfloat16)
+#: Tensors with memory of their own; other subclasses are traced, fake, distributed...
+_PLAIN = (torch.Tensor, torch.nn.Parameter)
 
 
 @functools.cache
@@ -50,10 +52,13 @@ class TorchFramework(StreamFramework):
         return _NAMES.get(array.dtype) or str(array.dtype).removeprefix("torch.")
 
     def follows(self, *arrays: Any) -> bool:
-        """Tensors that autograd follows."""
-        if not torch.is_grad_enabled():
-            return False
-        return any(isinstance(array, torch.Tensor) and array.requires_grad for array in arrays)
+        """All while torch.compile or torch.export traces; tensors that autograd follows, or that stand for others."""
+        if torch.compiler.is_compiling():
+            return True
+        tensors = [array for array in arrays if isinstance(array, torch.Tensor)]
+        if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors):
+            return True
+        return any(type(tensor) not in _PLAIN for tensor in tensors)
 
     def to_native(self, array: Any) -> Any:
         """A NumPy or CuPy array over the tensor's memory."""
