@@ -28,7 +28,8 @@ Array = Any  # an array of any library
 
 #: Version of the file format and of the packed layout in it.
 FILE_VERSION = 1
-_METADATA_KEY = "marlin_cupy"
+#: Of a safetensors file's metadata, where a description stands as JSON.
+METADATA_KEY = "marlin_cupy"
 _SEARCHES = ("absmax", "mse")
 #: Weights handled at once while quantizing and dequantizing: bounds scratch to a few times 4 bytes each.
 _BLOCK_WEIGHTS = {"cpu": 4 << 20, "cuda": 16 << 20}
@@ -54,6 +55,42 @@ class Spec:
     def layout(self) -> Layout:
         """Where the codes sit."""
         return Layout(formats.get(self.format), *self.shape, self.group_size, self.scale_dtype)
+
+    @staticmethod
+    def checked(format: str, shape: tuple[int, int], group_size: int | None, scale_dtype: str) -> Spec:
+        """With the format's own group size for None; ValueError where there can be no such weight."""
+        size = _checked_group_size(group_size, formats.get(format).default_group_size)
+        if len(shape) != 2 or min(shape) < 1:
+            raise ValueError(f"the shape is {shape!r}; a weight has (K, N), at least (1, 1).")
+        return Spec(format, shape, size, _checked_scale_dtype(scale_dtype))
+
+    @property
+    def fields(self) -> dict[str, Any]:
+        """As files hold it, with the version of the layout; :meth:`of_fields` is the inverse."""
+        return {
+            "version": FILE_VERSION,
+            "format": self.format,
+            "shape": list(self.shape),
+            "group_size": self.group_size,
+            "scale_dtype": self.scale_dtype,
+        }
+
+    @staticmethod
+    def of_fields(fields: Any, where: object) -> Spec:
+        """The spec that ``fields``, found in ``where``, say; FileFormatError where they say none that can be read."""
+        try:
+            version = int(fields["version"])
+        except (ValueError, KeyError, TypeError, OverflowError) as error:
+            raise FileFormatError(f"{where} has damaged metadata ({error!r}); save it again.") from error
+        if version > FILE_VERSION:
+            raise FileFormatError(
+                f"{where} has version {version}; this marlin_cupy reads up to {FILE_VERSION}, upgrade it."
+            )
+        try:
+            K, N = map(int, fields["shape"])
+            return Spec.checked(str(fields["format"]), (K, N), int(fields["group_size"]), str(fields["scale_dtype"]))
+        except (ValueError, KeyError, TypeError, OverflowError) as error:
+            raise FileFormatError(f"{where} does not hold what it says: {error}; save it again.") from error
 
 
 class Unpacked(NamedTuple):
@@ -334,15 +371,9 @@ class QuantizedTensor:
         """
         path = Path(path)
         packed = numpy.ascontiguousarray(self._native if self.device == CPU else self._native.get())
-        metadata = {_METADATA_KEY: json.dumps(_description(self.spec, packed), sort_keys=True)}
-        if not path.parent.is_dir():
-            raise FileNotFoundError(f"cannot save to {path}: the folder {path.parent} does not exist.")
-        temporary = path.with_name(f".{path.name}.{os.getpid()}-{uuid.uuid4().hex}")
-        try:
+        metadata = {METADATA_KEY: json.dumps(described(self.spec, packed), sort_keys=True)}
+        with whole_file(path) as temporary:
             safetensors.numpy.save_file({"packed": packed}, temporary, metadata=metadata)
-            os.replace(temporary, path)
-        finally:
-            temporary.unlink(missing_ok=True)
 
 
 def quantize(
@@ -471,42 +502,46 @@ def load(path: str | os.PathLike[str], device: str | Device = "cpu") -> Quantize
             packed = file.get_tensor("packed") if "packed" in names else None
     except (safetensors.SafetensorError, OSError, ValueError, TypeError, AttributeError) as error:
         raise FileFormatError(f"{path} is not a readable safetensors file ({error}); save it again.") from error
-    if _METADATA_KEY not in metadata or packed is None:
+    if METADATA_KEY not in metadata or packed is None:
         raise FileFormatError(f"{path} holds no marlin_cupy weight; QuantizedTensor.save writes such files.")
     try:
-        found = json.loads(metadata[_METADATA_KEY])
-        version = int(found["version"])
-    except (ValueError, KeyError, TypeError, OverflowError) as error:
+        found = json.loads(metadata[METADATA_KEY])
+    except ValueError as error:
         raise FileFormatError(f"{path} has damaged metadata ({error!r}); save it again.") from error
-    if version > FILE_VERSION:
-        raise FileFormatError(f"{path} has version {version}; this marlin_cupy reads up to {FILE_VERSION}, upgrade it.")
-    try:
-        K, N = map(int, found["shape"])
-        spec = Spec(str(found["format"]), (K, N), int(found["group_size"]), str(found["scale_dtype"]))
-        formats.get(spec.format)
-        _checked_group_size(spec.group_size, 0)
-        _checked_scale_dtype(spec.scale_dtype)
-        if min(spec.shape) < 1 or packed.shape != spec.layout.packed_shape or packed.dtype != numpy.uint8:
-            raise ValueError(f"packed is {packed.dtype}{packed.shape} for a weight of shape {spec.shape}")
-        if found != _description(spec, packed):
-            raise ValueError("the checksum does not match the contents")
-    except (ValueError, KeyError, TypeError, OverflowError) as error:
-        raise FileFormatError(f"{path} does not hold what it says: {error}; save it again.") from error
+    spec = Spec.of_fields(found, path)
+    check_packed(found, spec, packed, path)
     return QuantizedTensor(spec, packed).to(Device.parse(device))
 
 
-def _description(spec: Spec, packed: Any) -> dict[str, Any]:
-    """The metadata of a file: the spec and a checksum over it and the packed bytes."""
-    fields: dict[str, Any] = {
-        "version": FILE_VERSION,
-        "format": spec.format,
-        "shape": list(spec.shape),
-        "group_size": spec.group_size,
-        "scale_dtype": spec.scale_dtype,
-    }
-    digest = hashlib.sha256(json.dumps(fields, sort_keys=True).encode())
+def check_packed(fields: Any, spec: Spec, packed: Any, where: object) -> None:
+    """FileFormatError unless the NumPy array ``packed`` is what ``fields``, as :func:`described` made them, say."""
+    wrong = None
+    if packed.shape != spec.layout.packed_shape or packed.dtype != numpy.uint8:
+        wrong = f"packed is {packed.dtype}{packed.shape} for a weight of shape {spec.shape}"
+    elif fields != described(spec, packed):
+        wrong = "the checksum does not match the contents"
+    if wrong:
+        raise FileFormatError(f"{where} does not hold what it says: {wrong}; save it again.")
+
+
+def described(spec: Spec, packed: Any) -> dict[str, Any]:
+    """The metadata of a weight in a file: the spec and a checksum over it and the packed bytes, a NumPy array."""
+    digest = hashlib.sha256(json.dumps(spec.fields, sort_keys=True).encode())
     digest.update(packed.data)
-    return fields | {"sha256": digest.hexdigest()}
+    return spec.fields | {"sha256": digest.hexdigest()}
+
+
+@contextlib.contextmanager
+def whole_file(path: Path) -> Iterator[Path]:
+    """A name to write to: what is written there appears at ``path``, whole, or not at all if an error comes first."""
+    if not path.parent.is_dir():
+        raise FileNotFoundError(f"cannot save to {path}: the folder {path.parent} does not exist.")
+    temporary = path.with_name(f".{path.name}.{os.getpid()}-{uuid.uuid4().hex}")
+    try:
+        yield temporary
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 def _encode(weight: Any, spec: Spec, search: str, packed: Any) -> None:

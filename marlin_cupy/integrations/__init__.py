@@ -1,0 +1,1 @@
+"""Other projects' models: layers for them that hold packed weights."""
