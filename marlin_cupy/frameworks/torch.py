@@ -63,7 +63,7 @@ class TorchFramework(StreamFramework):
     def to_native(self, array: Any) -> Any:
         """A NumPy or CuPy array over the tensor's memory."""
         array = array.detach()
-        if array.is_cuda:
+        if self.device(array) != CPU:
             return import_cupy("a PyTorch tensor on a GPU").from_dlpack(array)
         if array.dtype == torch.bfloat16:  # PyTorch's own numpy() has no bfloat16
             return array.view(torch.int16).numpy().view(_BFLOAT16)

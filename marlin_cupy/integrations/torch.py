@@ -105,7 +105,7 @@ class Linear(torch.nn.Module):
                 f"this weight needs {w.shape[1:]} on {w.packed.device}."
             )
         if bias is not None and not isinstance(bias, torch.nn.Parameter):
-            bias = torch.nn.Parameter(bias.detach(), requires_grad=bias.requires_grad)
+            bias = torch.nn.Parameter(bias.detach())
         layer = cls.__new__(cls)
         layer._set(w.spec, w.packed, bias)
         return layer
@@ -150,8 +150,9 @@ class Linear(torch.nn.Module):
 
     def product(self, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
         """As forward, with another bias or none."""
-        if torch.is_autocast_enabled(x.device.type):
-            dtype = torch.get_autocast_dtype(x.device.type)
+        kind = x.device.type
+        if kind in ("cpu", "cuda") and torch.is_autocast_enabled(kind):  # others, meta say, may know no autocast
+            dtype = torch.get_autocast_dtype(kind)
             x, bias = x.to(dtype), None if bias is None else bias.to(dtype)
         return multiply(x, self.packed, self.range_factors, bias, self.spec, self.batch_invariant)
 

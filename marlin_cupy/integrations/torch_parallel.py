@@ -40,7 +40,7 @@ class ColumnParallelLinear(Linear):
         """
         rank, count = torch.distributed.get_rank(group), torch.distributed.get_world_size(group)
         w = full.quantized.shard(1, rank, count)
-        bias = None if full.bias is None else full.bias.detach().chunk(count)[rank].clone()
+        bias = None if full.bias is None else _copied(full.bias.chunk(count)[rank])
         layer = cls.from_quantized(w, bias)
         layer.group, layer.gather = group, gather
         return layer.train(full.training)
@@ -71,7 +71,7 @@ class RowParallelLinear(Linear):
             ValueError: it cannot be cut into so many parts; the message says into how many it can.
         """
         rank, count = torch.distributed.get_rank(group), torch.distributed.get_world_size(group)
-        bias = None if full.bias is None else full.bias.detach().clone()
+        bias = None if full.bias is None else _copied(full.bias)
         layer = cls.from_quantized(full.quantized.shard(0, rank, count), bias)
         layer.group = group
         return layer.train(full.training)
@@ -84,6 +84,10 @@ class RowParallelLinear(Linear):
         else:
             torch.distributed.all_reduce(y, group=self.group)
         return y if self.bias is None else y + self.bias.to(y.dtype)
+
+
+def _copied(bias: torch.Tensor) -> torch.nn.Parameter:
+    return torch.nn.Parameter(bias.detach().clone(), requires_grad=bias.requires_grad)
 
 
 class _SumGradients(torch.autograd.Function):
