@@ -570,8 +570,9 @@ def test_the_kernel_for_dense_weights_compiles_everywhere_and_spills_nowhere(nam
         assert int(reserved[1]) <= min(gpu.shared_per_block for gpu in GPUS.values())
 
 
-@pytest.mark.parametrize("K, N", [(1, 1), (300, 70), (4096, 4096), (4096, 28672), (8192, 57344), (1000, 1 << 20)])
-def test_dense_runs_are_bounded_and_cover_k(K: int, N: int) -> None:
+@pytest.mark.parametrize("shape", [(1, 1), (300, 70), (4096, 4096), (4096, 28672), (8192, 57344), (1000, 1 << 20)])
+def test_dense_runs_are_bounded_and_cover_k(shape: tuple[int, int]) -> None:
+    K, N = shape
     runs = list(dequantize.runs(Spec("int4", (K, N), 128, "float16")))
     assert [slab for run in runs for slab in run] == list(range(-(-K // 128)))
     assert all(len(run) == 1 or 2 * 128 * len(run) * N <= 64 << 20 for run in runs)

@@ -24,6 +24,7 @@ from marlin_cupy.frameworks.torch import FRAMEWORK
 from marlin_cupy.kernels import Problem, dequantize, tuned
 from marlin_cupy.kernels.cuda import CudaPlan
 from marlin_cupy.kernels.operands import PackedWeight
+from marlin_cupy.layout import SLAB_K
 from marlin_cupy.tensor import QuantizedTensor, Spec
 from marlin_cupy.writes import of_gpu
 
@@ -219,11 +220,9 @@ def _transposed_cuda(
     w = PackedWeight(packed.data_ptr(), range_factors.data_ptr(), cuda(index), of_gpu(index))
     rows = y.reshape(-1, N)
     x = rows.new_empty((rows.shape[0], K))
-    done = 0
     for run in dequantize.runs(spec):
-        dense = dequantize.dense(FRAMEWORK, w, spec, FRAMEWORK.dtype(y), run)
-        torch.mm(rows, dense, out=x[:, done : done + dense.shape[1]])
-        done += dense.shape[1]
+        columns = x[:, SLAB_K * run.start : SLAB_K * run.stop]
+        torch.mm(rows, dequantize.dense(FRAMEWORK, w, spec, FRAMEWORK.dtype(y), run), out=columns)
     return x.reshape(*y.shape[:-1], K)
 
 
