@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import os
 import subprocess
 import sys
 import warnings
@@ -441,7 +442,8 @@ def test_a_model_in_host_memory_is_quantized_on_the_gpu(tmp_path: Path) -> None:
 @pytest.mark.two_gpus
 def test_ranks_share_layers(tmp_path: Path) -> None:
     script = Path(__file__).with_name("torch_ranks.py")
-    subprocess.run([sys.executable, str(script), "nccl", str(tmp_path)], check=True, timeout=300)
+    environment = {**os.environ, "PYTHONPATH": str(Path(mc.__file__).parents[1])}
+    subprocess.run([sys.executable, str(script), "nccl", str(tmp_path)], env=environment, check=True, timeout=300)
 
 
 @pytest.mark.two_gpus

@@ -34,7 +34,8 @@ ROWS = (
     ("tuning",),
     ("warming",),
     ("__init__",),
-    ("bench", "quantizers", "checkpoints", "integrations"),
+    ("quantizers", "checkpoints", "integrations"),
+    ("bench",),
     ("__main__",),
 )
 LEVEL = {room: level for level, row in enumerate(ROWS) for room in row}

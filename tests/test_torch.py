@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import io
 import json
+import os
 import pickle
 import subprocess
 import sys
@@ -18,13 +19,16 @@ import pytest
 import safetensors.torch
 from cases import FORMATS, HALF, gaussian, rows
 from product import Product
+from rich.console import Console
 
 import marlin_cupy as mc
+from marlin_cupy.timing import Summary
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")  # of its own import
     import torch
 
+    from marlin_cupy.bench import report, torch_stack
     from marlin_cupy.integrations import torch as integration
     from marlin_cupy.integrations.torch import Linear, load_quantized_, quantize_model_, save_quantized
 
@@ -585,10 +589,39 @@ def test_files_and_models_that_do_not_match_are_refused(saved: tuple[Path, Model
 
 def test_ranks_share_layers(tmp_path: Path) -> None:
     script = Path(__file__).with_name("torch_ranks.py")
-    subprocess.run([sys.executable, str(script), "gloo", str(tmp_path)], check=True, timeout=300)
+    environment = {**os.environ, "PYTHONPATH": str(Path(mc.__file__).parents[1])}
+    subprocess.run([sys.executable, str(script), "gloo", str(tmp_path)], env=environment, check=True, timeout=300)
 
 
-def test_a_state_in_memory(tmp_path: Path) -> None:
+# ---- what comes with it
+
+
+def test_the_example_runs() -> None:
+    example = Path(__file__).parents[1] / "examples" / "torch_linear.py"
+    environment = {**os.environ, "PYTHONPATH": str(Path(mc.__file__).parents[1])}
+    command = [sys.executable, str(example), "--device", "cpu"]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert done.stdout.endswith("correct\n")
+
+
+def test_the_benchmark_runs_the_same_stack_twice(capsys: pytest.CaptureFixture[str]) -> None:
+    torch.compiler.reset()
+    both = torch_stack.stacks(torch_stack.Widths(128, 192, 256), 2, "cpu", "int8", None)
+    x = activations(3, columns=128)
+    with torch.no_grad():
+        ours, dense = (torch_stack.forward(both[name], x) for name in (torch_stack.OURS, torch_stack.DENSE))
+        assert 0 < float((ours - dense).float().norm() / dense.float().norm()) < 0.01
+        found = torch_stack.compiled(both[torch_stack.OURS], x, "default")()
+        torch.testing.assert_close(found, ours, rtol=1e-2, atol=1e-2)
+    times = {f"{name}/eager": Summary(us, us - 1, us + 1) for name, us in (("marlin_cupy", 10.0), ("float16", 25.0))}
+    row = torch_stack.row(3, "eager", times, 0.01)
+    assert row.spread == {"marlin_cupy": [9.0, 11.0], "float16": [24.0, 26.0]}
+    torch_stack.show([row], Console(width=report.WIDTH))
+    assert "2.50" in capsys.readouterr().out
+
+
+def test_a_whole_layer_in_a_file() -> None:
     """Whole modules, as torch.save keeps them."""
     layer = Linear.from_quantized(weight(), torch.ones(N, dtype=torch.float16))
     memory = io.BytesIO()
