@@ -1,4 +1,4 @@
-"""A PyTorch model with 4-bit weights: quantized in place, compiled, captured into a CUDA graph, fine-tuned around, saved.
+"""A PyTorch model with 4-bit weights: quantized in place, compiled, captured into a CUDA graph, trained around, saved.
 
     pip install torch
     python examples/torch_linear.py               # on a GPU where there is one; --device cpu needs none
@@ -34,6 +34,7 @@ class Block(torch.nn.Module):
         self.down = torch.nn.Linear(INNER, WIDTH)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """x: [..., WIDTH]; as it."""
         gate, up = self.gate_up(x).chunk(2, -1)
         return self.down(torch.nn.functional.silu(gate) * up)
 

@@ -91,7 +91,7 @@ def multiply(
             f"bias is {FRAMEWORK.dtype(bias)}{tuple(bias.shape)} on {bias.device}; "
             f"it must be {dtype}{(N,)} on {x.device}, as x."
         )
-    y: torch.Tensor = torch.ops.marlin_cupy.matmul(
+    y: torch.Tensor = torch.ops.marlin_cupy.matmul.default(
         x, packed, range_factors, bias, spec.format, K, N, spec.group_size, spec.scale_dtype, batch_invariant, dependent
     )
     return y
@@ -185,7 +185,7 @@ def _matmul_setup(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
 def _matmul_backward(ctx: Any, gradient: Any) -> Any:
     of_x = of_bias = None
     if ctx.needs_input_grad[0]:
-        of_x = torch.ops.marlin_cupy.matmul_transposed(gradient, *ctx.saved_tensors, *ctx.spec)
+        of_x = torch.ops.marlin_cupy.matmul_transposed.default(gradient, *ctx.saved_tensors, *ctx.spec)
     if ctx.needs_input_grad[3]:
         of_bias = gradient.reshape(-1, gradient.shape[-1]).sum(0, dtype=torch.float32).to(ctx.bias_dtype)
     return of_x, None, None, of_bias, *[None] * 7
@@ -232,7 +232,7 @@ def _transposed_setup(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
 
 
 def _transposed_backward(ctx: Any, gradient: Any) -> Any:
-    y = torch.ops.marlin_cupy.matmul(gradient, *ctx.saved_tensors, None, *ctx.spec, False, False)
+    y = torch.ops.marlin_cupy.matmul.default(gradient, *ctx.saved_tensors, None, *ctx.spec, False, False)
     return y, *[None] * 7
 
 

@@ -55,10 +55,11 @@ class TorchFramework(StreamFramework):
         """All while torch.compile or torch.export traces; tensors that autograd follows, or that stand for others."""
         if torch.compiler.is_compiling():
             return True
-        tensors = [array for array in arrays if isinstance(array, torch.Tensor)]
-        if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors):
-            return True
-        return any(type(tensor) not in _PLAIN for tensor in tensors)
+        graded = torch.is_grad_enabled()
+        for array in arrays:
+            if isinstance(array, torch.Tensor) and ((graded and array.requires_grad) or type(array) not in _PLAIN):
+                return True
+        return False
 
     def to_native(self, array: Any) -> Any:
         """A NumPy or CuPy array over the tensor's memory."""

@@ -177,6 +177,7 @@ class Linear(torch.nn.Module):
             self.range_factors = new
         else:
             old.copy_(new)  # in the same memory, since launches in graphs read it
+            torch.cuda.synchronize(old.device)  # before CuPy has the memory of the new ones again
         w.writes.mark()
 
     # ---- what PyTorch does to modules
