@@ -14,7 +14,7 @@ from typing import Any
 import cupy
 import numpy as np
 import pytest
-from cases import FORMATS, GPU_GROUPS, HALF
+from cases import DTYPES, FORMATS, GPU_GROUPS, HALF
 from gpu_arrays import activations, weights
 from product import Product
 
@@ -102,8 +102,8 @@ def test_dense_weights_are_the_dequantized_ones(name: str, dtype: str, shape: tu
             assert tuple(found.shape) == (shape[1], stop - start)
             case = f"group_size={group_size}, scales {scale_dtype}, {run}"
             if formats.get(name).table is None:
-                expected = tensor(w.dequantize(dtype)[start:stop].T.copy())
-                assert same(found.contiguous(), expected), case
+                bits = cupy.ascontiguousarray(w.dequantize(dtype).view(cupy.uint16)[start:stop].T)
+                assert same(found.contiguous(), tensor(bits.view(DTYPES[dtype]))), case
             else:  # its table is in float16
                 right = in_float32[start:stop].T
                 bound = (ROUNDOFF[dtype] + ROUNDOFF["float16"]) * 1.01 * abs(right) + 2.0**-24
@@ -113,6 +113,7 @@ def test_dense_weights_are_the_dequantized_ones(name: str, dtype: str, shape: tu
 def test_cupy_and_other_streams_can_have_dense_weights() -> None:
     w = mc.quantize(weights(1000, 300))
     expected = w.dequantize("float16").T
+    cupy.cuda.Device().synchronize()
     framework = frameworks.of(w.packed)
     with cupy.cuda.Stream(non_blocking=True) as stream:
         found = dequantize.dense(framework, w, w.spec, "float16", range(8))
@@ -395,7 +396,11 @@ def test_layers_move(name: str) -> None:
     expected = on_gpu(x)
     factors = on_gpu.range_factors.clone()
     assert factors.is_cuda
-    assert torch.equal(factors, layer(name, "float16").quantized.range_factors)
+    source = weight(name)
+    shared = Linear.from_quantized(source)
+    assert torch.equal(factors, source.range_factors)
+    source.update_(weights(K, N)[::-1].copy())  # into the memory of the layer, factors included
+    assert same(shared(x), mc.matmul(x, mc.quantize(weights(K, N)[::-1].copy(), name, 64)))
     on_host = copy.deepcopy(on_gpu).cpu()
     assert on_host.range_factors is None
     torch.testing.assert_close(on_host(x.cpu()), expected.cpu(), rtol=1e-2, atol=1e-2 * float(expected.abs().max()))

@@ -77,17 +77,23 @@ class Linear(torch.nn.Module):
         spec = Spec.checked(format, shape, group_size, scale_dtype or str(dtype).removeprefix("torch."))
         packed = torch.zeros(spec.layout.packed_shape, dtype=torch.uint8, device=device)
         values = torch.nn.Parameter(torch.zeros(out_features, dtype=dtype, device=device)) if bias else None
-        self._set(spec, packed, values)
+        self._set(spec, packed, None, values)
+        self.mark_written()
 
-    def _set(self, spec: Spec, packed: torch.Tensor, bias: torch.nn.Parameter | None) -> None:
+    def _set(
+        self,
+        spec: Spec,
+        packed: torch.Tensor,
+        range_factors: torch.Tensor | None,
+        bias: torch.nn.Parameter | None,
+    ) -> None:
         super().__init__()
         self.spec = spec
         self.in_features, self.out_features = spec.shape
         self.batch_invariant = False
         self.register_buffer("packed", packed)
-        self.register_buffer("range_factors", None, persistent=False)
+        self.register_buffer("range_factors", range_factors, persistent=False)
         self.register_parameter("bias", bias)
-        self.mark_written()
 
     @classmethod
     def from_quantized(cls: type[L], w: QuantizedTensor, bias: torch.Tensor | None = None) -> L:
@@ -107,7 +113,7 @@ class Linear(torch.nn.Module):
         if bias is not None and not isinstance(bias, torch.nn.Parameter):
             bias = torch.nn.Parameter(bias.detach())
         layer = cls.__new__(cls)
-        layer._set(w.spec, w.packed, bias)
+        layer._set(w.spec, w.packed, w.range_factors, bias)
         return layer
 
     @classmethod
@@ -134,6 +140,7 @@ class Linear(torch.nn.Module):
             search=search,
             device=None if device is None else _name_of(torch.device(device)),
         ).to("torch")
+        w = QuantizedTensor(w.spec, _owned(w.packed), range_factors=_owned(w.range_factors))
         bias = linear.bias
         if bias is not None and bias.device != w.packed.device:
             bias = torch.nn.Parameter(bias.detach().to(w.packed.device), requires_grad=bias.requires_grad)
@@ -172,12 +179,11 @@ class Linear(torch.nn.Module):
             self.range_factors = None
             return
         w = QuantizedTensor(self.spec, self.packed)
-        old, new = self.range_factors, w.range_factors
+        old, new = self.range_factors, _owned(w.range_factors)
         if old is None or new is None or old.device != new.device:
             self.range_factors = new
         else:
             old.copy_(new)  # in the same memory, since launches in graphs read it
-            torch.cuda.synchronize(old.device)  # before CuPy has the memory of the new ones again
         w.writes.mark()
 
     # ---- what PyTorch does to modules
@@ -242,6 +248,15 @@ class Linear(torch.nn.Module):
         if found != self.spec:
             return f"{layer}, and the checkpoint has {_words(found)}; make the layer alike."
         return None
+
+
+def _owned(tensor: torch.Tensor | None) -> torch.Tensor | None:
+    """On a GPU a copy in PyTorch's memory, made when this returns: CuPy, whose ``tensor`` is, may use that again."""
+    if tensor is None or not tensor.is_cuda:
+        return tensor
+    copy = tensor.clone()
+    torch.cuda.synchronize(copy.device)
+    return copy
 
 
 def _words(spec: Spec) -> str:
