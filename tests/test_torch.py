@@ -22,6 +22,7 @@ from product import Product
 from rich.console import Console
 
 import marlin_cupy as mc
+from marlin_cupy.kernels import dequantize
 from marlin_cupy.timing import Summary
 
 with warnings.catch_warnings():
@@ -29,6 +30,7 @@ with warnings.catch_warnings():
     import torch
 
     from marlin_cupy.bench import report, torch_stack
+    from marlin_cupy.compilers import torch as compiler
     from marlin_cupy.integrations import torch as integration
     from marlin_cupy.integrations.torch import Linear, load_quantized_, quantize_model_, save_quantized
 
@@ -133,6 +135,25 @@ def test_gradients_of_views_and_of_many_axes() -> None:
     (empty @ w).sum().backward()
     assert empty.grad is not None
     assert empty.grad.shape == (0, K)
+
+
+@pytest.mark.parametrize("run_bytes", [1, 2 * 128 * N * 2, 1 << 20])
+def test_gradients_from_dense_runs_are_put_side_by_side(run_bytes: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What the GPU does around its kernel, with NumPy in place of that."""
+    w = weight(shape=(600, N))
+    dense = w.dequantize("float16").T
+
+    def of_run(framework: Any, packed: Any, spec: Any, dtype: str, run: range) -> torch.Tensor:
+        assert (spec, dtype, packed.pointer) == (w.spec, "float16", w.packed.data_ptr())
+        return dense[:, 128 * run.start : 128 * run.stop]
+
+    monkeypatch.setattr(dequantize, "_RUN_BYTES", run_bytes)
+    monkeypatch.setattr(dequantize, "dense", of_run)
+    for y in (activations(6, columns=N).reshape(2, 3, N), activations(1, columns=N).expand(4, N)):
+        spec = (w.format, *w.shape, w.group_size, w.scale_dtype)
+        found = compiler._transposed_cuda(y, w.packed, torch.ones(N), *spec)
+        expected = compiler._transposed_cpu(y, w.packed, None, *spec)
+        torch.testing.assert_close(found, expected, rtol=2e-2, atol=2e-2)
 
 
 def test_a_gradient_has_a_gradient() -> None:

@@ -99,7 +99,8 @@ def stacks(widths: Widths, layers: int, device: str, format: str, group_size: in
 
 def forward(modules: Any, x: Any) -> Any:
     """All layers, one after the other."""
-    for qkv, o, gate_up, down in zip(*[iter(modules)] * 4, strict=True):
+    for first in range(0, len(modules), 4):
+        qkv, o, gate_up, down = (modules[first + index] for index in range(4))
         x = x + o(qkv(x)[:, : x.shape[1]])
         gate, up = gate_up(x).chunk(2, -1)
         x = x + down(torch.nn.functional.silu(gate) * up)
