@@ -26,7 +26,7 @@ hypothesis.settings.load_profile("suite")
 _CACHE = pytest.StashKey[str]()
 
 #: What is about PyTorch, where there is none: the test extra comes without it.
-collect_ignore = [] if importlib.util.find_spec("torch") else ["test_torch.py"]
+collect_ignore = [] if importlib.util.find_spec("torch") else ["test_torch.py", "test_gpu_torch_compile.py"]
 
 
 def pytest_configure(config: pytest.Config) -> None:
