@@ -27,7 +27,8 @@ from marlin_cupy.formats.scalars import FLOAT16, FLOAT32, HALF_DTYPES, ROUNDOFF
 from marlin_cupy.jit import cache
 from marlin_cupy.jit import compile as nvrtc
 from marlin_cupy.kernels import Problem
-from marlin_cupy.tensor import QuantizedTensor, Spec
+from marlin_cupy.spec import Spec
+from marlin_cupy.tensor import QuantizedTensor
 
 try:
     import typer

@@ -3,14 +3,10 @@
 from __future__ import annotations
 
 import contextlib
-import dataclasses
-import hashlib
 import json
 import math
 import os
-import uuid
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, NamedTuple
 
@@ -22,14 +18,13 @@ import safetensors.numpy
 from marlin_cupy import formats, frameworks, writes
 from marlin_cupy.device import CPU, Device, gpu, gpu_count, import_cupy, namespace
 from marlin_cupy.errors import DeviceError, FileFormatError, UnsupportedError
+from marlin_cupy.files import METADATA_KEY, check_packed, described, whole_file
 from marlin_cupy.formats.scalars import BFLOAT16, FLOAT16, FLOAT32, HALF_DTYPES, MAX, from_bits, to_bits
 from marlin_cupy.layout import SLAB_K, SLAB_N, Layout
+from marlin_cupy.spec import Spec, checked_group_size, checked_scale_dtype
 
 Array = Any  # an array of any library
 
-#: Version of the file format and of the packed layout in it.
-FILE_VERSION = 1
-_METADATA_KEY = "marlin_cupy"
 _SEARCHES = ("absmax", "mse")
 #: Weights handled at once while quantizing and dequantizing: bounds scratch to a few times 4 bytes each.
 _BLOCK_WEIGHTS = {"cpu": 4 << 20, "cuda": 16 << 20}
@@ -42,43 +37,6 @@ _NUMPY_DTYPES = {
     BFLOAT16: numpy.dtype(ml_dtypes.bfloat16),
     FLOAT32: numpy.dtype(numpy.float32),
 }
-
-
-@dataclass(frozen=True)
-class Spec:
-    """The immutable description of a quantized matrix. It does not depend on the activations it will meet."""
-
-    format: str
-    shape: tuple[int, int]  # logical (K, N)
-    group_size: int  # K per scale; -1: all of K
-    scale_dtype: str
-
-    @property
-    def layout(self) -> Layout:
-        """Where the codes sit."""
-        return Layout(formats.get(self.format), *self.shape, self.group_size, self.scale_dtype)
-
-    def of_part(self, packed_shape: tuple[int, ...]) -> Spec:
-        """What ``packed`` (..., slabs_n, slabs_k, slab_bytes) holds that is an equal share of such a weight.
-
-        ValueError where that is nothing by itself: shares are whole slabs, without padding, and whole groups.
-        """
-        whole = self.layout.packed_shape
-        if packed_shape[-3:] == whole:
-            return self
-        K, N = self.shape
-        slabs_n, slabs_k, slab_bytes = packed_shape[-3:]
-        part = (K if slabs_k == whole[1] else slabs_k * SLAB_K), (N if slabs_n == whole[0] else slabs_n * SLAB_N)
-        found = dataclasses.replace(self, shape=part)
-        cut_groups = part[0] != K and self.group_size != -1 and part[0] % self.group_size
-        if slab_bytes != whole[2] or K % part[0] or N % part[1] or cut_groups:
-            raise ValueError(
-                f"packed has shape {packed_shape}, which is no share of a {self.format} weight of (K, N) = "
-                f"{self.shape}, group_size={self.group_size}: {whole} can be cut into equal shares of the first axis "
-                f"where N is a multiple of {SLAB_N} times their number, of the second where K is one of {SLAB_K} times "
-                "their number and no group is cut."
-            )
-        return found
 
 
 class Unpacked(NamedTuple):
@@ -102,21 +60,7 @@ class QuantizedTensor:
     (ceil(N/64), ceil(K/128), slab_bytes) of any library, see ``layout.py``.
     """
 
-    __slots__ = (
-        "_factors",
-        "_native",
-        "device",
-        "factors_pointer",
-        "layer",
-        "layout",
-        "packed",
-        "plans",
-        "pointer",
-        "range_factors",
-        "spec",
-        "whole",
-        "writes",
-    )
+    # Without __slots__, which torch.compile of PyTorch 2.4 cannot look into.
 
     _native: Any
     _factors: Any
@@ -146,6 +90,8 @@ class QuantizedTensor:
                 f"packed is {framework.dtype(packed)}{tuple(packed.shape)}; a {spec.format} weight of (K, N) = "
                 f"{spec.shape}, group_size={spec.group_size} needs uint8{layout.packed_shape}."
             )
+        if range_factors is not None:
+            range_factors = framework.from_native(_native(range_factors, "range_factors"))
         self._describe(spec, packed, range_factors)
         self._place()
         if self.range_factors is None and (self.device != CPU or framework.takes_apart):
@@ -265,6 +211,11 @@ class QuantizedTensor:
     def __rmatmul__(self, x: Array) -> Array:
         return QuantizedTensor.multiply(x, self)
 
+    @classmethod
+    def __torch_function__(cls, function: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
+        # PyTorch asks this before __rmatmul__, and torch.compile, which traces ``x @ w`` no other way, instead of it.
+        return cls.multiply(*args) if function.__name__ == "matmul" and not kwargs else NotImplemented
+
     def unpack(self) -> Unpacked:
         """Logical codes and parameters as NumPy or CuPy arrays: the exact inverse of :func:`pack`."""
         codes, bits = self.layout.unpack(self._native, self.shape[1])
@@ -312,9 +263,8 @@ class QuantizedTensor:
                 native = native.get()
             elif where == "cupy" and self.device == CPU:
                 return self.to("cuda")
-            framework = frameworks.by_name(where)
-            factors = None if where == "numpy" or self._factors is None else framework.from_native(self._factors)
-            return QuantizedTensor(self.spec, framework.from_native(native), range_factors=factors)
+            factors = None if where == "numpy" else self._factors
+            return QuantizedTensor(self.spec, frameworks.by_name(where).from_native(native), range_factors=factors)
         try:
             device = Device.parse(where)
         except ValueError:
@@ -329,6 +279,65 @@ class QuantizedTensor:
             factors = self.layout.range_factors(self._native) if self.device == CPU else self._factors
             factors = _moved(factors, device)
         return QuantizedTensor(self.spec, _moved(self._native, device), range_factors=factors)
+
+    def columns(self, start: int, stop: int) -> QuantizedTensor:
+        """The weight of outputs ``start`` to ``stop``, W[:, start:stop], in memory of its own.
+
+        Args:
+            start, stop: multiples of 64; ``stop`` may be N.
+
+        Raises:
+            ValueError: any other numbers.
+        """
+        N = self.shape[1]
+        _check_cut("columns", start, stop, N, SLAB_N, f"blocks of {SLAB_N} outputs")
+        return self._cut(slice(start // SLAB_N, -(-stop // SLAB_N)), slice(None), (self.shape[0], stop - start))
+
+    def rows(self, start: int, stop: int) -> QuantizedTensor:
+        """The weight of inputs ``start`` to ``stop``, W[start:stop], in memory of its own.
+
+        Args:
+            start, stop: multiples of 128 and of the group size (of 128 where one group is all of K); ``stop`` may be K.
+
+        Raises:
+            ValueError: any other numbers.
+        """
+        K = self.shape[0]
+        _check_cut("rows", start, stop, K, self.spec.row_step, f"slabs of {SLAB_K} inputs and whole groups")
+        return self._cut(slice(None), slice(start // SLAB_K, -(-stop // SLAB_K)), (stop - start, self.shape[1]))
+
+    def shard(self, axis: int, index: int, count: int) -> QuantizedTensor:
+        """One of ``count`` equal parts along K or N, for devices that share a product.
+
+        Args:
+            axis: of the logical shape. 0 cuts K: each part takes its part of x, and the products are to be added up.
+                1 cuts N: the products stand side by side.
+            index: which part, from 0.
+            count: of parts.
+
+        Raises:
+            ValueError: no such axis or part, or parts that would not end where :meth:`rows` or :meth:`columns` can cut;
+                the message says into how many they can.
+        """
+        if axis not in (0, 1):
+            raise ValueError(f"axis is {axis!r}; 0 cuts K and 1 cuts N.")
+        if not 0 <= index < count:
+            raise ValueError(f"index is {index!r} of {count!r} parts; use 0 to count - 1.")
+        size, step = self.shape[axis], (self.spec.row_step, SLAB_N)[axis]
+        if count > 1 and size % (count * step):
+            fits = [str(n) for n in range(1, max(1, size // step) + 1) if n == 1 or size % (n * step) == 0]
+            raise ValueError(
+                f"{'KN'[axis]}={size} cannot be cut into {count} equal parts at multiples of {step}; "
+                f"into {', '.join(fits)} it can."
+            )
+        part = size // count
+        return (self.rows, self.columns)[axis](index * part, (index + 1) * part)
+
+    def _cut(self, slabs_n: slice, slabs_k: slice, shape: tuple[int, int]) -> QuantizedTensor:
+        with _on(self.device):
+            packed = self._native[slabs_n, slabs_k].copy()
+        spec = Spec(self.format, shape, self.group_size, self.scale_dtype)
+        return QuantizedTensor(spec, frameworks.of(self.packed).from_native(packed))
 
     def update_(self, weight: Array, search: str = "absmax") -> QuantizedTensor:
         """Re-quantize ``weight`` (K, N) into the same memory, so that pointers held elsewhere stay valid.
@@ -376,15 +385,9 @@ class QuantizedTensor:
         """
         path = Path(path)
         packed = numpy.ascontiguousarray(self._native if self.device == CPU else self._native.get())
-        metadata = {_METADATA_KEY: json.dumps(_description(self.spec, packed), sort_keys=True)}
-        if not path.parent.is_dir():
-            raise FileNotFoundError(f"cannot save to {path}: the folder {path.parent} does not exist.")
-        temporary = path.with_name(f".{path.name}.{os.getpid()}-{uuid.uuid4().hex}")
-        try:
+        metadata = {METADATA_KEY: json.dumps(described(self.spec, packed), sort_keys=True)}
+        with whole_file(path) as temporary:
             safetensors.numpy.save_file({"packed": packed}, temporary, metadata=metadata)
-            os.replace(temporary, path)
-        finally:
-            temporary.unlink(missing_ok=True)
 
 
 def quantize(
@@ -415,11 +418,11 @@ def quantize(
             non-finite weights, scales too large or too small for ``scale_dtype``. DeviceError: no such device.
             MissingDependencyError: a GPU was asked for and CuPy is not installed.
     """
-    group_size = _checked_group_size(group_size, formats.get(format).default_group_size)
+    group_size = checked_group_size(group_size, formats.get(format).default_group_size)
     native, dtype, largest = _checked_weight(weight, search)
     if scale_dtype is None:
         scale_dtype = dtype if dtype in HALF_DTYPES else FLOAT16
-    spec = Spec(format, tuple(native.shape), group_size, _checked_scale_dtype(scale_dtype))
+    spec = Spec(format, tuple(native.shape), group_size, checked_scale_dtype(scale_dtype))
     _check_range(spec, largest)
     if device is not None and Device.parse(device) != _device_of(native):
         native = _moved(native, Device.parse(device))
@@ -450,7 +453,7 @@ def pack(
         TypeError, ValueError: as :func:`quantize`, and for codes or zero points out of range.
     """
     definition = formats.get(format)
-    group_size = _checked_group_size(group_size, definition.default_group_size)
+    group_size = checked_group_size(group_size, definition.default_group_size)
     named = {"codes": codes, formats.SCALE: scales}
     if (zero_points is not None) != (formats.ZERO_POINT in definition.params):
         needs = "needs" if zero_points is None else "has no"
@@ -464,7 +467,7 @@ def pack(
         raise DeviceError(f"the arrays are on different devices ({places}); put them on one.")
     if native["codes"].ndim != 2 or native["codes"].dtype != numpy.uint8 or 0 in native["codes"].shape:
         raise ValueError(f"codes are {native['codes'].dtype}{native['codes'].shape}; pass uint8 (K, N), not empty.")
-    scale_dtype = _checked_scale_dtype(native[formats.SCALE].dtype.name)
+    scale_dtype = checked_scale_dtype(native[formats.SCALE].dtype.name)
     spec = Spec(format, tuple(native["codes"].shape), group_size, scale_dtype)
     groups = (spec.layout.groups, spec.shape[1])
     for name in definition.params:
@@ -513,42 +516,15 @@ def load(path: str | os.PathLike[str], device: str | Device = "cpu") -> Quantize
             packed = file.get_tensor("packed") if "packed" in names else None
     except (safetensors.SafetensorError, OSError, ValueError, TypeError, AttributeError) as error:
         raise FileFormatError(f"{path} is not a readable safetensors file ({error}); save it again.") from error
-    if _METADATA_KEY not in metadata or packed is None:
+    if METADATA_KEY not in metadata or packed is None:
         raise FileFormatError(f"{path} holds no marlin_cupy weight; QuantizedTensor.save writes such files.")
     try:
-        found = json.loads(metadata[_METADATA_KEY])
-        version = int(found["version"])
-    except (ValueError, KeyError, TypeError, OverflowError) as error:
+        found = json.loads(metadata[METADATA_KEY])
+    except ValueError as error:
         raise FileFormatError(f"{path} has damaged metadata ({error!r}); save it again.") from error
-    if version > FILE_VERSION:
-        raise FileFormatError(f"{path} has version {version}; this marlin_cupy reads up to {FILE_VERSION}, upgrade it.")
-    try:
-        K, N = map(int, found["shape"])
-        spec = Spec(str(found["format"]), (K, N), int(found["group_size"]), str(found["scale_dtype"]))
-        formats.get(spec.format)
-        _checked_group_size(spec.group_size, 0)
-        _checked_scale_dtype(spec.scale_dtype)
-        if min(spec.shape) < 1 or packed.shape != spec.layout.packed_shape or packed.dtype != numpy.uint8:
-            raise ValueError(f"packed is {packed.dtype}{packed.shape} for a weight of shape {spec.shape}")
-        if found != _description(spec, packed):
-            raise ValueError("the checksum does not match the contents")
-    except (ValueError, KeyError, TypeError, OverflowError) as error:
-        raise FileFormatError(f"{path} does not hold what it says: {error}; save it again.") from error
+    spec = Spec.of_fields(found, path)
+    check_packed(found, spec, packed, path)
     return QuantizedTensor(spec, packed).to(Device.parse(device))
-
-
-def _description(spec: Spec, packed: Any) -> dict[str, Any]:
-    """The metadata of a file: the spec and a checksum over it and the packed bytes."""
-    fields: dict[str, Any] = {
-        "version": FILE_VERSION,
-        "format": spec.format,
-        "shape": list(spec.shape),
-        "group_size": spec.group_size,
-        "scale_dtype": spec.scale_dtype,
-    }
-    digest = hashlib.sha256(json.dumps(fields, sort_keys=True).encode())
-    digest.update(packed.data)
-    return fields | {"sha256": digest.hexdigest()}
 
 
 def _encode(weight: Any, spec: Spec, search: str, packed: Any) -> None:
@@ -644,17 +620,13 @@ def _check_range(spec: Spec, largest: float) -> None:
         )
 
 
-def _checked_group_size(group_size: int | None, default: int) -> int:
-    size = default if group_size is None else group_size
-    if isinstance(size, bool) or not isinstance(size, int) or (size != -1 and (size <= 0 or size % 16)):
-        raise ValueError(f"group_size is {size!r}; use -1 (one group) or a positive multiple of 16.")
-    return size
-
-
-def _checked_scale_dtype(scale_dtype: str) -> str:
-    if scale_dtype not in HALF_DTYPES:
-        raise ValueError(f"scale_dtype is {scale_dtype!r}; use {' or '.join(HALF_DTYPES)}.")
-    return scale_dtype
+def _check_cut(what: str, start: int, stop: int, size: int, step: int, pieces: str) -> None:
+    """ValueError unless a weight can be cut there."""
+    if not 0 <= start < stop <= size or start % step or (stop % step and stop != size):
+        raise ValueError(
+            f"{what} {start!r} to {stop!r} of {size} were asked for; a packed weight is cut into {pieces}: "
+            f"use multiples of {step}, and {size} for the end."
+        )
 
 
 def _native(array: Array, role: str) -> Any:
@@ -682,4 +654,4 @@ def _moved(native: Any, device: Device) -> Any:
         return cupy.asarray(native)
 
 
-__all__ = ["QuantizedTensor", "Spec", "Unpacked", "dequantize", "load", "pack", "quantize"]
+__all__ = ["QuantizedTensor", "Unpacked", "dequantize", "load", "pack", "quantize"]

@@ -6,6 +6,7 @@ the time of the GPU tests is NVRTC's, and the next run then has it all.
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import shutil
 import tempfile
@@ -24,10 +25,14 @@ hypothesis.settings.load_profile("suite")
 
 _CACHE = pytest.StashKey[str]()
 
+#: What is about PyTorch, where there is none: the test extra comes without it.
+collect_ignore = [] if importlib.util.find_spec("torch") else ["test_torch.py", "test_gpu_torch_compile.py"]
+
 
 def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "gpu: needs a CUDA GPU; runs only when -m asks for it (pytest -m gpu).")
     config.addinivalue_line("markers", "hopper: about a kernel for sm_90a; left out on other GPUs.")
+    config.addinivalue_line("markers", "two_gpus: needs two GPUs; left out where there are fewer.")
     if not hasattr(config, "workerinput"):  # workers of pytest-xdist inherit the environment
         kept = os.environ.get("MARLIN_CUPY_TEST_CACHE")
         os.environ[CACHE_VARIABLE] = kept or tempfile.mkdtemp(prefix="marlin_cupy-tests-")
@@ -51,7 +56,8 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         raise pytest.UsageError(
             f"-m {config.option.markexpr!r} selects {len(on_gpu)} GPU tests and this machine has no usable CUDA GPU."
         )
-    elif on_gpu and gpu().arch != "sm_90a":
-        elsewhere = [item for item in items if item.get_closest_marker("hopper")]
-        items[:] = [item for item in items if not item.get_closest_marker("hopper")]
+    elif on_gpu:
+        here = {"hopper": gpu().arch == "sm_90a", "two_gpus": gpu_count() > 1}
+        elsewhere = [item for item in items if any(item.get_closest_marker(name) for name in here if not here[name])]
+        items[:] = [item for item in items if item not in elsewhere]
         config.hook.pytest_deselected(items=elsewhere)

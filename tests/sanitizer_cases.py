@@ -25,7 +25,8 @@ from product import Product
 import marlin_cupy as mc
 from marlin_cupy import frameworks
 from marlin_cupy.device import gpu
-from marlin_cupy.kernels import Problem, sm80_gemm, sm90_stream, sm90_wgmma
+from marlin_cupy.formats.scalars import ROUNDOFF
+from marlin_cupy.kernels import Problem, dequantize, sm80_gemm, sm90_stream, sm90_wgmma
 from marlin_cupy.kernels.cuda import CudaConfiguration, CudaKernel
 
 #: (K, N): edges in both directions; and enough steps for blocks to share a tile.
@@ -154,6 +155,23 @@ def check_addresses() -> int:
     return launches
 
 
+def check_dense() -> int:
+    """Runs of K as dense arrays."""
+    launches = 0
+    for format, (K, N), dtype in itertools.product(FORMATS, SHAPES, HALF):
+        on_host = mc.quantize(gaussian(K, N, seed=K), format, GROUP_SIZE[format], scale_dtype=HALF[K % 2])
+        w, right = on_host.to("cuda"), on_host.dequantize("float32").T
+        slabs = w.layout.packed_shape[1]
+        for run in {range(slabs), range(slabs // 2, slabs), range(1)}:
+            found = dequantize.dense(frameworks.of(w.packed), w, w.spec, dtype, run)
+            values = to_host(found.base)[:, : found.shape[1]].astype(np.float32)
+            expected = right[:, 128 * run.start : 128 * run.stop]
+            bound = 1.01 * (ROUNDOFF[dtype] + ROUNDOFF["float16"]) * abs(expected) + 2.0**-24
+            assert (abs(values - expected) <= bound).all(), f"dense {format} {dtype} {run}"
+            launches += 1
+    return launches
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--every", type=int, default=1)
@@ -167,13 +185,14 @@ def main() -> None:
         for dtype in HALF if format == "int4" else (HALF[index % 2],):
             counts = check_kernels(format, dtype, 1 if format == "int4" and dtype == "float16" else 3, names, turns)
             whole, shared = whole + counts[0], shared + counts[1]
-    others = check_addresses()
+    others, dense = check_addresses(), check_dense()
     assert whole, "no launch with whole tiles"
     assert shared, "no launch with shared tiles"
     cupy.cuda.Device().synchronize()
     took = time.perf_counter() - start
     print(
-        f"right in {took:.1f} s: launches with whole tiles {whole}, with shared ones {shared}, odd addresses {others}"
+        f"right in {took:.1f} s: launches with whole tiles {whole}, with shared ones {shared}, odd addresses {others}, "
+        f"dense runs {dense}"
     )
 
 

@@ -18,7 +18,7 @@ import marlin_cupy as mc
 from marlin_cupy import tensor, writes
 from marlin_cupy.jit import launch
 from marlin_cupy.kernels import Plan, Problem, sm90_stream, tuned
-from marlin_cupy.tensor import Spec
+from marlin_cupy.spec import Spec
 from marlin_cupy.writes import Writes
 
 H200 = GPUS["sm_90a"]

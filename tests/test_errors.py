@@ -17,7 +17,7 @@ import marlin_cupy as mc
 from marlin_cupy import device, formats, frameworks, tensor
 from marlin_cupy.device import Device
 from marlin_cupy.jit import compile as jit_compile
-from marlin_cupy.tensor import Spec
+from marlin_cupy.spec import Spec
 
 K, N = 100, 63
 WEIGHT = gaussian(K, N, seed=1)

@@ -32,7 +32,7 @@ from marlin_cupy import kernels
 from marlin_cupy.api import plan_of
 from marlin_cupy.device import gpu
 from marlin_cupy.jit.compile import cubin
-from marlin_cupy.tensor import Spec
+from marlin_cupy.spec import Spec
 
 pytestmark = pytest.mark.gpu
 

@@ -95,9 +95,13 @@ def test_parameters_are_tensors_and_no_gradient_is_lost(torch: ModuleType) -> No
         with torch.no_grad():
             assert same(torch, mc.matmul(followed, w, bias), expected)
         assert same(torch, mc.matmul(followed.detach(), w, bias), expected)
-        with pytest.raises(mc.UnsupportedError, match=r"x requires a gradient.*no_grad"):
+        with pytest.raises(TypeError, match=r"w\.packed is a cupy array; use w\.to\('torch'\)"):
             mc.matmul(followed, w, bias)
-    with pytest.raises(mc.UnsupportedError, match=r"bias requires a gradient.*no_grad"):
+        y = mc.matmul(followed, w.to("torch"), bias)
+        assert same(torch, y.detach(), expected)
+        y.sum().backward()
+        assert bool(followed.grad.isfinite().all())
+    with pytest.raises(TypeError, match=r"use w\.to\('torch'\)"):
         mc.matmul(x, w, torch.nn.Parameter(bias))
     with torch.inference_mode():
         assert same(torch, mc.matmul(x.clone(), w, torch.nn.Parameter(bias)), expected)

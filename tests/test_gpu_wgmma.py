@@ -34,7 +34,7 @@ from marlin_cupy.device import gpu
 from marlin_cupy.jit import compile as nvrtc
 from marlin_cupy.kernels import sm90_wgmma
 from marlin_cupy.kernels.sm90_wgmma import KERNEL, Tiling
-from marlin_cupy.tensor import Spec
+from marlin_cupy.spec import Spec
 
 pytestmark = [pytest.mark.gpu, pytest.mark.hopper]
 

@@ -22,8 +22,8 @@ from marlin_cupy.jit import cache
 from marlin_cupy.jit import compile as jit_compile
 from marlin_cupy.jit.launch import MAX_COUNTERS
 from marlin_cupy.jit.source import inline, source_root
-from marlin_cupy.kernels import Problem, sm80_gemm, sm90_stream
-from marlin_cupy.tensor import Spec
+from marlin_cupy.kernels import Problem, dequantize, sm80_gemm, sm90_stream
+from marlin_cupy.spec import Spec
 
 H200 = GPUS["sm_90a"]
 #: Smallest kernel that NVRTC builds: for the tests that are about the cache.
@@ -41,7 +41,7 @@ def spec(name: str = "int4", group_size: int = 128, scale_dtype: str = "float16"
 
 
 def sources(spec: Spec, dtype: str, gpu: Gpu) -> list[str]:
-    """Every kernel that multiplies by a weight of ``spec`` on ``gpu``, each once."""
+    """Every kernel that a weight of ``spec`` needs on ``gpu``, each once."""
     found = list(dict.fromkeys(text for _, text in kernels.variants(spec, dtype, gpu)))
     assert found
     return found
@@ -51,7 +51,7 @@ def sources(spec: Spec, dtype: str, gpu: Gpu) -> list[str]:
 def build(text: str, arch: str) -> jit_compile.Build:
     found = jit_compile.compile(text, arch)
     assert found.cubin[:4] == b"\x7fELF"
-    assert b"gemm" in found.cubin
+    assert b"gemm" in found.cubin or b"dequantize" in found.cubin
     assert 0 < found.registers <= 255
     return found
 
@@ -553,3 +553,27 @@ def test_a_bundle_that_cannot_be_written_is_an_error(cache_folder: Path, tmp_pat
     (tmp_path / "file").write_text("")
     with pytest.raises(OSError, match=r"cannot write .*file.* choose a folder"):
         jit_compile.add_to_bundle(tmp_path / "file" / "bundle", "tiny", TINY, "sm_80")
+
+
+# ---- dense runs of a weight
+
+
+@every_format
+@every_dtype
+def test_the_kernel_for_dense_weights_compiles_everywhere_and_spills_nowhere(name: str, dtype: str) -> None:
+    for group_size, scale_dtype in ((16, "float16"), (-1, "bfloat16")):
+        text = dequantize.variant(spec(name, group_size, scale_dtype), dtype)[1]
+        for arch in GPUS:
+            assert build(text, arch).spill_bytes == 0
+        reserved = re.search(r"SHARED_BYTES = (\d+);", text)
+        assert reserved is not None
+        assert int(reserved[1]) <= min(gpu.shared_per_block for gpu in GPUS.values())
+
+
+@pytest.mark.parametrize("shape", [(1, 1), (300, 70), (4096, 4096), (4096, 28672), (8192, 57344), (1000, 1 << 20)])
+def test_dense_runs_are_bounded_and_cover_k(shape: tuple[int, int]) -> None:
+    K, N = shape
+    runs = list(dequantize.runs(Spec("int4", (K, N), 128, "float16")))
+    assert [slab for run in runs for slab in run] == list(range(-(-K // 128)))
+    assert all(len(run) == 1 or 2 * 128 * len(run) * N <= 64 << 20 for run in runs)
+    assert all(run for run in runs)

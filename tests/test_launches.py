@@ -17,7 +17,7 @@ from marlin_cupy.kernels import Problem, sm80_gemm, sm90_stream, sm90_wgmma
 from marlin_cupy.kernels.cuda import CudaConfiguration, CudaKernel
 from marlin_cupy.kernels.operands import Rows
 from marlin_cupy.layout import SLAB_K
-from marlin_cupy.tensor import Spec
+from marlin_cupy.spec import Spec
 
 H200 = GPUS["sm_90a"]
 K = 4096

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 import marlin_cupy as mc
 from marlin_cupy import formats
 from marlin_cupy.formats import SCALE, ZERO_POINT, Format
-from marlin_cupy.tensor import Spec
+from marlin_cupy.spec import Spec
 
 every_format = pytest.mark.parametrize("name", FORMATS)
 

@@ -123,24 +123,6 @@ def test_jax_arrays_give_jax_arrays(name: str, dtype: str) -> None:
     np.testing.assert_array_equal(np.asarray(y), mc.matmul(x, w, bias))
 
 
-@pytest.mark.parametrize(
-    "transform",
-    [
-        lambda f: jax.jit(f),
-        lambda f: jax.vmap(f),
-        lambda f: jax.grad(lambda x: f(x).sum()),
-        lambda f: lambda x: jax.eval_shape(f, x),
-    ],
-    ids=["jit", "vmap", "grad", "eval_shape"],
-)
-@pytest.mark.parametrize("call", [lambda x, w: mc.matmul(x, w), lambda x, w: x @ w], ids=["matmul", "operator"])
-def test_traced_jax_arrays_are_refused_with_the_way_out(transform: Any, call: Any) -> None:
-    w = mc.quantize(gaussian(100, 63, seed=17))
-    x = jax_on_cpu(rows((5, 100), seed=18, dtype="float16"))
-    with pytest.raises(mc.UnsupportedError, match=r"traced by jax\.jit, grad or vmap.*outside"):
-        transform(lambda x: call(x, w))(x)
-
-
 def test_any_object_with_dlpack_is_an_array() -> None:
     w = mc.quantize(gaussian(100, 63, seed=19))
     x, bias = rows((5, 100), seed=20, dtype="float16"), rows((63,), seed=21, dtype="float16")

@@ -26,6 +26,8 @@ ROWS = (
     ("device",),
     ("frameworks", "formats", "timing", "progress", "writes"),
     ("layout",),
+    ("spec",),
+    ("files",),
     ("tensor",),
     ("jit",),
     ("kernels",),
@@ -34,7 +36,8 @@ ROWS = (
     ("tuning",),
     ("warming",),
     ("__init__",),
-    ("bench", "quantizers", "checkpoints", "integrations"),
+    ("quantizers", "checkpoints", "integrations"),
+    ("bench",),
     ("__main__",),
 )
 LEVEL = {room: level for level, row in enumerate(ROWS) for room in row}

@@ -474,3 +474,57 @@ def test_saving_over_a_folder_fails_and_leaves_nothing(tmp_path: Path) -> None:
         mc.quantize(gaussian(40, 20, seed=30)).save(tmp_path / "folder")
     assert os.listdir(tmp_path) == ["folder"]
     assert os.listdir(tmp_path / "folder") == []
+
+
+# ---- shards
+
+
+@pytest.mark.parametrize("name", FORMATS)
+@pytest.mark.parametrize("group_size", [-1, 16, 96, 128, 384])
+def test_cut_weights_are_the_cut_matrix(name: str, group_size: int) -> None:
+    w = mc.quantize(gaussian(900, 200, seed=1), name, group_size)
+    dense = w.dequantize("float32")
+    for start, stop in ((0, 64), (64, 200), (128, 192), (0, 200)):
+        part = w.columns(start, stop)
+        np.testing.assert_array_equal(part.dequantize("float32"), dense[:, start:stop])
+        np.testing.assert_array_equal(part.packed, w.packed[start // 64 : -(-stop // 64)])
+        assert not np.shares_memory(part.packed, w.packed)
+    for start, stop in ((0, 384), (384, 768), (384, 900), (768, 900)):
+        part = w.rows(start, stop)
+        assert part.shape == (stop - start, 200)
+        np.testing.assert_array_equal(part.dequantize("float32"), dense[start:stop])
+        assert not np.shares_memory(part.packed, w.packed)
+
+
+def test_shards_make_up_the_weight() -> None:
+    w = mc.quantize(gaussian(768, 384, seed=1), "int4", 192)
+    dense = w.dequantize("float32")
+    for count in (1, 2, 3, 6):
+        parts = [w.shard(1, index, count) for index in range(count)]
+        np.testing.assert_array_equal(np.hstack([part.dequantize("float32") for part in parts]), dense)
+    for count in (1, 2):
+        parts = [w.shard(0, index, count) for index in range(count)]
+        np.testing.assert_array_equal(np.vstack([part.dequantize("float32") for part in parts]), dense)
+
+
+@pytest.mark.parametrize(
+    ("cut", "fragments"),
+    [
+        (lambda w: w.shard(1, 0, 4), ["N=384", "4 equal parts", "multiples of 64", "into 1, 2, 3, 6 it can"]),
+        (lambda w: w.shard(0, 0, 3), ["K=768", "3 equal parts", "multiples of 384", "into 1, 2 it can"]),
+        (lambda w: w.shard(2, 0, 1), ["axis is 2", "0 cuts K"]),
+        (lambda w: w.shard(0, 2, 2), ["index is 2", "count - 1"]),
+        (lambda w: w.shard(0, 0, 0), ["index is 0 of 0 parts"]),
+        (lambda w: w.rows(128, 768), ["rows 128 to 768 of 768", "multiples of 384"]),
+        (lambda w: w.rows(384, 384), ["rows 384 to 384"]),
+        (lambda w: w.columns(0, 65), ["columns 0 to 65 of 384", "blocks of 64", "384 for the end"]),
+        (lambda w: w.columns(-64, 64), ["columns -64 to 64"]),
+        (lambda w: w.columns(320, 448), ["columns 320 to 448"]),
+    ],
+)
+def test_cuts_through_a_slab_or_a_group_are_refused(cut: Any, fragments: list[str]) -> None:
+    w = mc.quantize(gaussian(768, 384, seed=1), "int4", 192)
+    with pytest.raises(ValueError) as caught:
+        cut(w)
+    for fragment in fragments:
+        assert fragment in str(caught.value)

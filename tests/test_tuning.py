@@ -20,7 +20,7 @@ import marlin_cupy as mc
 from marlin_cupy import api, device, kernels, progress, tuning
 from marlin_cupy.jit import cache, launch
 from marlin_cupy.kernels import Candidate, Problem, tuned
-from marlin_cupy.tensor import Spec
+from marlin_cupy.spec import Spec
 
 H200 = dataclasses.replace(GPUS["sm_90a"], name="NVIDIA H200", memory_gbs=4916.0)
 RESULTS = Path(__file__).parents[1] / "examples" / "results"

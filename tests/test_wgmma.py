@@ -18,7 +18,7 @@ from marlin_cupy.jit import launch
 from marlin_cupy.kernels import Problem, sm90_wgmma
 from marlin_cupy.kernels.sm90_wgmma import KERNEL, Config, Tiling
 from marlin_cupy.layout import SLAB_K, Layout
-from marlin_cupy.tensor import Spec
+from marlin_cupy.spec import Spec
 
 H200 = dataclasses.replace(GPUS["sm_90a"], name="NVIDIA H200", memory_gbs=4916.0)
 EVERY_M = (1, 8, 9, 16, 17, 32, 33, 48, 64, 65, 96, 100, 128, 129, 192, 250, 256, 300, 512, 1000, 1024, 4096, 100_000)

@@ -7,11 +7,19 @@ checked. It is imported when the first array comes that needs it.
 from __future__ import annotations
 
 import importlib
+import sys
 from typing import Any
 
-from marlin_cupy.frameworks import Framework
+from marlin_cupy.frameworks import NAMES, Framework
 
 
 def of(framework: Framework) -> Any:
     """The module for a library whose ``follows`` says that it is needed."""
-    return importlib.import_module(f"{__name__}.{framework.name}")
+    return getattr(sys.modules[__name__], framework.name)
+
+
+def __getattr__(name: str) -> Any:
+    """A module of this package, imported. (A compiler that traces ``of`` follows no import, but does look up names.)"""
+    if name not in NAMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return importlib.import_module(f"{__name__}.{name}")

@@ -1,4 +1,4 @@
-"""PyTorch tensors: eager, and while a CUDA graph is captured."""
+"""PyTorch tensors: eager, and while a CUDA graph is captured. What is compiled or differentiated is in compilers."""
 
 from __future__ import annotations
 
@@ -16,6 +16,8 @@ from marlin_cupy.frameworks.framework import StreamFramework
 _NAMES = {torch.float16: "float16", torch.bfloat16: "bfloat16"}
 _DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "uint8": torch.uint8, "float32": torch.float32}
 _BFLOAT16 = numpy.dtype(ml_dtypes.bfloat16)
+#: Tensors with memory of their own; other subclasses are traced, fake, distributed...
+_PLAIN = (torch.Tensor, torch.nn.Parameter)
 
 
 @functools.cache
@@ -50,13 +52,19 @@ class TorchFramework(StreamFramework):
         return _NAMES.get(array.dtype) or str(array.dtype).removeprefix("torch.")
 
     def follows(self, x: Any, packed: Any, bias: Any | None) -> bool:
-        """Tensors that autograd follows."""
-        return torch.is_grad_enabled() and (x.requires_grad or (bias is not None and bias.requires_grad))
+        """All while torch.compile or torch.export traces; tensors that autograd follows, or that stand for others."""
+        if torch.compiler.is_compiling():
+            return True
+        graded = torch.is_grad_enabled()
+        for array in (x, packed, bias):
+            if isinstance(array, torch.Tensor) and ((graded and array.requires_grad) or type(array) not in _PLAIN):
+                return True
+        return False
 
     def to_native(self, array: Any) -> Any:
         """A NumPy or CuPy array over the tensor's memory."""
         array = array.detach()
-        if array.is_cuda:
+        if self.device(array) != CPU:
             return import_cupy("a PyTorch tensor on a GPU").from_dlpack(array)
         if array.dtype == torch.bfloat16:  # PyTorch's own numpy() has no bfloat16
             return array.view(torch.int16).numpy().view(_BFLOAT16)

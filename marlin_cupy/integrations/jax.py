@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from marlin_cupy.layout import SLAB_K, SLAB_N
+from marlin_cupy.layout import SLAB_N
 from marlin_cupy.tensor import QuantizedTensor
 
 
@@ -53,8 +53,7 @@ def partition_specs(w: QuantizedTensor, mesh: Mesh, spec: PartitionSpec) -> Quan
         raise ValueError(f"spec is {spec}; a weight has two axes, (K, N).")
     axes_k, axes_n = (*spec, None, None)[:2]
     K, N = w.whole.shape
-    unit_k = math.lcm(SLAB_K, max(w.group_size, 1))
-    for name, size, unit, axes in (("K", K, unit_k, axes_k), ("N", N, SLAB_N, axes_n)):
+    for name, size, unit, axes in (("K", K, w.whole.row_step, axes_k), ("N", N, SLAB_N, axes_n)):
         count = _count(mesh, axes)
         if count > 1 and size % (unit * count):
             fits = [str(each) for each in range(1, count) if each == 1 or size % (unit * each) == 0]

@@ -6,7 +6,7 @@ import functools
 import re
 from pathlib import Path
 
-from marlin_cupy.tensor import Spec
+from marlin_cupy.spec import Spec
 
 _CPP_TYPES = {"float16": "Float16", "bfloat16": "BFloat16"}
 _INCLUDE = re.compile(r'^\s*#include\s+"([^"]+)"\s*$')

@@ -6,10 +6,10 @@ from collections.abc import Iterator
 
 from marlin_cupy.device import Gpu
 from marlin_cupy.errors import UnsupportedError
-from marlin_cupy.kernels import reference, sm80_gemm, sm90_stream, sm90_wgmma, tuned
+from marlin_cupy.kernels import dequantize, reference, sm80_gemm, sm90_stream, sm90_wgmma, tuned
 from marlin_cupy.kernels.costs import floor_us
 from marlin_cupy.kernels.problem import Candidate, Configuration, Kernel, Plan, Problem
-from marlin_cupy.tensor import Spec
+from marlin_cupy.spec import Spec
 
 #: In no order.
 KERNELS: tuple[Kernel, ...] = (sm90_stream.KERNEL, sm90_wgmma.KERNEL, sm80_gemm.KERNEL, reference.KERNEL)
@@ -62,6 +62,7 @@ def variants(spec: Spec, dtype: str, gpu: Gpu) -> Iterator[tuple[str, str]]:
     """(name, source) of every CUDA kernel that weights of ``spec`` can need on ``gpu``, for compiling ahead."""
     for kernel in KERNELS:
         yield from kernel.variants(spec, dtype, gpu)
+    yield dequantize.variant(spec, dtype)
 
 
 __all__ = [

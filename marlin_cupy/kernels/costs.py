@@ -14,7 +14,7 @@ from marlin_cupy.device import Gpu
 from marlin_cupy.formats.scalars import FLOAT16, HALF_DTYPES
 from marlin_cupy.kernels.problem import Problem
 from marlin_cupy.layout import Layout
-from marlin_cupy.tensor import Spec
+from marlin_cupy.spec import Spec
 
 #: The part of the memory's nominal rate that a kernel with nothing but bulk copies reaches, and what its launch adds to
 #: that in a CUDA graph: a line through the read floors in examples/results/h200.json.

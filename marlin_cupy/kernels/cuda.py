@@ -14,7 +14,7 @@ from marlin_cupy.jit import launch, source
 from marlin_cupy.kernels.operands import Launcher, Rows, Weight
 from marlin_cupy.kernels.problem import Configuration, Kernel, Plan, Problem
 from marlin_cupy.layout import Layout
-from marlin_cupy.tensor import Spec
+from marlin_cupy.spec import Spec
 
 #: The driver's share of the shared memory of each block.
 RESERVED_SHARED = 1024

@@ -9,7 +9,8 @@ from typing import Any, ClassVar
 
 from marlin_cupy.device import Gpu
 from marlin_cupy.frameworks import Framework
-from marlin_cupy.tensor import QuantizedTensor, Spec
+from marlin_cupy.spec import Spec
+from marlin_cupy.tensor import QuantizedTensor
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ from marlin_cupy.kernels.cuda import Block, CudaConfiguration, CudaKernel, CudaP
 from marlin_cupy.kernels.operands import Exchange, Launcher, Rows, Weight
 from marlin_cupy.kernels.problem import Candidate, Problem
 from marlin_cupy.layout import HALF_N, SLAB_K, SLAB_N, Layout
-from marlin_cupy.tensor import Spec
+from marlin_cupy.spec import Spec
 
 _MIN_ARCH = 80
 #: struct Args of the twin: seven pointers, two strides, nine ints.

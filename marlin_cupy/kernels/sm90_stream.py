@@ -19,7 +19,7 @@ from marlin_cupy.kernels.cuda import Block, CudaConfiguration, CudaKernel, share
 from marlin_cupy.kernels.operands import Launcher, Rows, Weight
 from marlin_cupy.kernels.problem import Candidate, Problem
 from marlin_cupy.layout import SLAB_K, SLAB_N, Layout
-from marlin_cupy.tensor import Spec
+from marlin_cupy.spec import Spec
 
 #: struct Args of the twin: a tensor map, three pointers, a stride, seven ints, a stack; its size is a multiple of 64.
 _ARGS = struct.Struct("=128s3Qq7i4xQi52x")

@@ -23,7 +23,8 @@ from marlin_cupy.compilers.jax import launching
 from marlin_cupy.compilers.jax.partitioning import Multiply, partitioned, varying_alike
 from marlin_cupy.device import CPU
 from marlin_cupy.errors import UnsupportedError
-from marlin_cupy.tensor import QuantizedTensor, Spec, decoded
+from marlin_cupy.spec import Spec
+from marlin_cupy.tensor import QuantizedTensor, decoded
 
 Array = Any  # a JAX array, traced or not
 

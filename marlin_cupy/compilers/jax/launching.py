@@ -21,7 +21,7 @@ from marlin_cupy.errors import UnsupportedError
 from marlin_cupy.kernels import Candidate, Problem, tuned
 from marlin_cupy.kernels.cuda import CudaConfiguration, CudaPlan
 from marlin_cupy.kernels.operands import PackedWeight, Rows, Stack
-from marlin_cupy.tensor import Spec
+from marlin_cupy.spec import Spec
 
 _TARGET = "marlin_cupy_matmul"
 #: What programs are compiled for where there is no GPU.

@@ -19,7 +19,7 @@ from jax.experimental import custom_partitioning
 from jax.sharding import NamedSharding
 
 from marlin_cupy.layout import SLAB_K, SLAB_N
-from marlin_cupy.tensor import Spec
+from marlin_cupy.spec import Spec
 
 # Of these JAX's annotations say too little.
 _custom_partitioning: Any = custom_partitioning.custom_partitioning

@@ -1,0 +1,503 @@
+"""PyTorch modules: Linear over a packed weight, whole models quantized in place, their files.
+
+model = quantize_model_(model, device="cuda")      # every nn.Linear, one at a time
+save_quantized(model, "model.safetensors")
+load_quantized_(other, "model.safetensors")        # a model of the same architecture, not quantized yet
+"""
+
+from __future__ import annotations
+
+import fnmatch
+import json
+import os
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+import safetensors
+import safetensors.torch
+import torch
+
+from marlin_cupy.compilers.torch import multiply
+from marlin_cupy.device import import_cupy
+from marlin_cupy.errors import FileFormatError
+from marlin_cupy.files import METADATA_KEY, check_packed, described, whole_file
+from marlin_cupy.progress import bar
+from marlin_cupy.spec import Spec
+from marlin_cupy.tensor import QuantizedTensor, quantize
+
+#: Which layers to quantize: a function of name and layer, or patterns of names as of a shell ("*.mlp.*").
+Filter = Callable[[str, torch.nn.Linear], bool] | str | Iterable[str]
+
+_STATE = "_extra_state"  # PyTorch's name for what get_extra_state returns
+L = TypeVar("L", bound="Linear")
+
+
+class Linear(torch.nn.Module):
+    """y = x @ W + bias with a packed W, in place of torch.nn.Linear.
+
+    Inference and training of what is around it: gradients flow to x and bias, from the same packed weight, and none to
+    W. It can be compiled, exported and captured into CUDA graphs. Under autocast, x and bias are cast.
+
+    Changes of dtype (``half()``, ``to(torch.bfloat16)``) change the bias and never the packed weight. Whatever moves or
+    loads a module is safe with dependent launches, see :func:`marlin_cupy.matmul`; whoever else writes into ``packed``
+    calls :meth:`mark_written`.
+
+    Args:
+        in_features, out_features: K and N.
+        bias: whether there is one.
+        format, group_size, scale_dtype: as in :func:`marlin_cupy.quantize`; the scale dtype is that of bias if None.
+        device, dtype: where it is, and the dtype of bias; PyTorch's current device, and float16, if None.
+
+    Attributes:
+        packed: uint8 buffer (ceil(N / 64), ceil(K / 128), slab_bytes), zeros until something is loaded.
+        range_factors: float32 buffer on a GPU, made from ``packed`` and not saved; None elsewhere.
+        bias: parameter [N] or None.
+        spec: what ``packed`` holds.
+        batch_invariant: as in :func:`marlin_cupy.matmul`; False.
+    """
+
+    packed: torch.Tensor
+    range_factors: torch.Tensor | None
+    bias: torch.nn.Parameter | None
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        bias: bool = True,
+        *,
+        format: str = "int4",
+        group_size: int | None = None,
+        scale_dtype: str | None = None,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        dtype = dtype or torch.float16
+        shape = in_features, out_features
+        spec = Spec.checked(format, shape, group_size, scale_dtype or str(dtype).removeprefix("torch."))
+        packed = torch.zeros(spec.layout.packed_shape, dtype=torch.uint8, device=device)
+        values = torch.nn.Parameter(torch.zeros(out_features, dtype=dtype, device=device)) if bias else None
+        self._set(spec, packed, None, values)
+        self.mark_written()
+
+    def _set(
+        self,
+        spec: Spec,
+        packed: torch.Tensor,
+        range_factors: torch.Tensor | None,
+        bias: torch.nn.Parameter | None,
+    ) -> None:
+        super().__init__()
+        self.spec = spec
+        self.in_features, self.out_features = spec.shape
+        self.batch_invariant = False
+        self.register_buffer("packed", packed)
+        self.register_buffer("range_factors", range_factors, persistent=False)
+        self.register_parameter("bias", bias)
+
+    @classmethod
+    def from_quantized(cls: type[L], w: QuantizedTensor, bias: torch.Tensor | None = None) -> L:
+        """Over the memory of ``w``, which is that of any library, and of ``bias``, float16 or bfloat16[N].
+
+        Raises:
+            TypeError, ValueError: not that.
+        """
+        if not isinstance(w, QuantizedTensor):
+            raise TypeError(f"w is a {type(w).__name__}; pass a QuantizedTensor, from quantize, pack or load.")
+        w = w if isinstance(w.packed, torch.Tensor) else w.to("torch")
+        if bias is not None and (tuple(bias.shape) != w.shape[1:] or bias.device != w.packed.device):
+            raise ValueError(
+                f"bias has shape {tuple(bias.shape)} on {bias.device}; "
+                f"this weight needs {w.shape[1:]} on {w.packed.device}."
+            )
+        if bias is not None and not isinstance(bias, torch.nn.Parameter):
+            bias = torch.nn.Parameter(bias.detach())
+        layer = cls.__new__(cls)
+        layer._set(w.spec, w.packed, w.range_factors, bias)
+        return layer
+
+    @classmethod
+    def from_linear(
+        cls: type[L],
+        linear: torch.nn.Linear,
+        format: str = "int4",
+        group_size: int | None = None,
+        *,
+        scale_dtype: str | None = None,
+        search: str = "absmax",
+        device: torch.device | str | None = None,
+    ) -> L:
+        """``linear``, quantized by rounding to nearest; see :func:`marlin_cupy.quantize` for arguments and errors.
+
+        The bias keeps its dtype; where ``device`` is None it is shared.
+        """
+        weight = linear.weight.detach()
+        w = quantize(
+            weight.T,
+            format,
+            group_size,
+            scale_dtype=scale_dtype,
+            search=search,
+            device=None if device is None else _name_of(torch.device(device)),
+        ).to("torch")
+        w = QuantizedTensor(w.spec, _owned(w.packed), range_factors=_owned(w.range_factors))
+        bias = linear.bias
+        if bias is not None and bias.device != w.packed.device:
+            bias = torch.nn.Parameter(bias.detach().to(w.packed.device), requires_grad=bias.requires_grad)
+        return cls.from_quantized(w, bias).train(linear.training)
+
+    @property
+    def quantized(self) -> QuantizedTensor:
+        """The weight, over the same memory."""
+        return QuantizedTensor(self.spec, self.packed, range_factors=self.range_factors)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """x: float16 or bfloat16[..., K], as bias, on the device of the weight; returns [..., N]."""
+        return self.product(x, self.bias)
+
+    def product(self, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+        """As forward, with another bias or none."""
+        kind = x.device.type
+        if kind in ("cpu", "cuda") and torch.is_autocast_enabled(kind):  # others, meta say, may know no autocast
+            dtype = torch.get_autocast_dtype(kind)
+            x, bias = x.to(dtype), None if bias is None else bias.to(dtype)
+        return multiply(x, self.packed, self.range_factors, bias, self.spec, self.batch_invariant)
+
+    def extra_repr(self) -> str:
+        """For ``print(model)``."""
+        return (
+            f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}, "
+            f"format={self.spec.format}, group_size={self.spec.group_size}, scale_dtype={self.spec.scale_dtype}"
+        )
+
+    def mark_written(self) -> None:
+        """Say that something other than this class has written into ``packed``, on PyTorch's current stream.
+
+        See :meth:`marlin_cupy.QuantizedTensor.mark_written`.
+        """
+        if self.packed.is_meta:
+            self.range_factors = None
+            return
+        w = QuantizedTensor(self.spec, self.packed)
+        old, new = self.range_factors, _owned(w.range_factors)
+        if old is None or new is None or old.device != new.device:
+            self.range_factors = new
+        else:
+            old.copy_(new)  # in the same memory, since launches in graphs read it
+        w.writes.mark()
+
+    # ---- what PyTorch does to modules
+
+    def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> Any:
+        packed, factors = self.packed, self.range_factors
+        self.range_factors = None  # not to be cast to another dtype
+        base: Any = super()
+        base._apply(fn, recurse)
+        if self.packed.dtype != torch.uint8:  # Module.type() casts whatever it meets
+            self.packed = packed.to(self.packed.device)
+        self.range_factors = factors
+        if self.packed is not packed:
+            self.mark_written()
+        return self
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        base: Any = super()
+        base.__setstate__(state)
+        self.mark_written()  # a copy, or what was read from a file
+
+    def get_extra_state(self) -> torch.Tensor:
+        """What ``packed`` holds, as the bytes of a JSON text: any file format for tensors can keep it."""
+        return torch.tensor(
+            list(json.dumps(self.spec.fields, sort_keys=True).encode()), dtype=torch.uint8, device="cpu"
+        )
+
+    def set_extra_state(self, state: Any) -> None:
+        """Nothing: it was compared before anything was loaded."""
+
+    def _load_from_state_dict(
+        self,
+        state_dict: dict[str, Any],
+        prefix: str,
+        metadata: Any,
+        strict: bool,
+        missing: Any,
+        unexpected: Any,
+        errors: Any,
+    ) -> None:
+        refusal = self._refuses(state_dict, prefix)
+        if refusal is not None:
+            errors.append(refusal)
+            return
+        super()._load_from_state_dict(state_dict, prefix, metadata, strict, missing, unexpected, errors)
+        self.mark_written()
+
+    def _refuses(self, state_dict: dict[str, Any], prefix: str) -> str | None:
+        """Why these tensors are not for this layer."""
+        layer = f"{prefix.removesuffix('.') or 'this layer'} is {_words(self.spec)}"
+        if prefix + "packed" not in state_dict:
+            if prefix + "weight" not in state_dict:
+                return None  # PyTorch says what is missing
+            return f"{layer}, and the checkpoint has a dense weight; load it into torch.nn.Linear and quantize that."
+        if prefix + _STATE not in state_dict:
+            return f"{layer}, and the checkpoint does not say what its packed weight is; {prefix}{_STATE} is missing."
+        try:
+            text = bytes(state_dict[prefix + _STATE].tolist())
+            found = Spec.of_fields(json.loads(text), f"{prefix}{_STATE}")
+        except (ValueError, TypeError, AttributeError) as error:
+            return f"{layer}, and the checkpoint's description cannot be read ({error}); save it again."
+        if found != self.spec:
+            return f"{layer}, and the checkpoint has {_words(found)}; make the layer alike."
+        return None
+
+
+def _owned(tensor: torch.Tensor | None) -> torch.Tensor | None:
+    """On a GPU a copy in PyTorch's memory, made when this returns: CuPy, whose ``tensor`` is, may use that again."""
+    if tensor is None or not tensor.is_cuda:
+        return tensor
+    copy = tensor.clone()
+    torch.cuda.synchronize(copy.device)
+    return copy
+
+
+def _words(spec: Spec) -> str:
+    K, N = spec.shape
+    return f"{spec.format} ({K}, {N}) with group_size {spec.group_size} and {spec.scale_dtype} scales"
+
+
+def _name_of(device: torch.device) -> str:
+    """As quantize takes it; "cuda" is PyTorch's current GPU."""
+    if device.type != "cuda":
+        return str(device)
+    return f"cuda:{torch.cuda.current_device() if device.index is None else device.index}"
+
+
+# ---- models
+
+
+@dataclass(frozen=True)
+class Report:
+    """What :func:`quantize_model_` did.
+
+    Attributes:
+        replaced: names of the layers that were quantized, with what they are now. A layer in several places has
+            several names.
+        kept: names of torch.nn.Linear layers that were left, with the reason.
+        bytes_before, bytes_after: of the weights that were quantized.
+    """
+
+    replaced: dict[str, Spec]
+    kept: dict[str, str]
+    bytes_before: int
+    bytes_after: int
+
+    def __str__(self) -> str:
+        sizes = f"{self.bytes_before / 1e6:.1f} MB are now {self.bytes_after / 1e6:.1f} MB"
+        return "\n".join(
+            [
+                f"{len(self.replaced)} layers quantized: {sizes}",
+                *(f"kept {name}: {reason}" for name, reason in self.kept.items()),
+            ]
+        )
+
+
+def quantize_model_(
+    model: torch.nn.Module,
+    format: str = "int4",
+    group_size: int | None = None,
+    *,
+    filter: Filter | None = None,
+    scale_dtype: str | None = None,
+    search: str = "absmax",
+    device: torch.device | str | None = None,
+    progress: bool = False,
+) -> Report:
+    """Replace the torch.nn.Linear layers of ``model`` by :class:`Linear`, in place, one after the other.
+
+    No more than one layer is held both ways. Layers that share a weight share the packed one; a layer that shares its
+    weight with something else, an embedding for instance, is kept, as are subclasses of torch.nn.Linear.
+
+    Args:
+        model: any module that has such layers in it.
+        format, group_size, scale_dtype, search: as in :func:`marlin_cupy.quantize`.
+        filter: which layers: a function of name and layer, or a pattern of names or several ("*.mlp.*"); all if None.
+        device: where quantized layers go, and where quantizing is done; where each layer is if None. With "cuda" a
+            model in host memory goes there layer by layer; move the rest afterwards, with ``model.to("cuda")``.
+        progress: show a progress bar on standard error.
+
+    Raises:
+        TypeError: ``model`` is no module. ValueError: as :func:`marlin_cupy.quantize`, with the name of the layer; the
+            layers ahead of it have been replaced. Or ``model`` is itself a torch.nn.Linear, which has no place to be
+            replaced in.
+    """
+    if not isinstance(model, torch.nn.Module):
+        raise TypeError(f"model is a {type(model).__name__}; pass a torch.nn.Module.")
+    if isinstance(model, torch.nn.Linear):
+        raise ValueError("model is itself a torch.nn.Linear; use Linear.from_linear.")
+    wanted = _matches(filter)
+    names: dict[torch.nn.Linear, list[str]] = {}
+    owners: dict[int, set[type]] = {}  # of a parameter, by its id
+    for name, module in model.named_modules(remove_duplicate=False):
+        for parameter in module.parameters(recurse=False):
+            owners.setdefault(id(parameter), set()).add(type(module))
+        if isinstance(module, torch.nn.Linear):
+            names.setdefault(module, []).append(name)
+
+    kept: dict[str, str] = {}
+    chosen: dict[int, list[torch.nn.Linear]] = {}  # by the id of a weight
+    for layer, places in names.items():
+        others = sorted(owner.__name__ for owner in owners[id(layer.weight)] - {torch.nn.Linear})
+        reason = None
+        if type(layer) is not torch.nn.Linear:
+            reason = f"it is a {type(layer).__name__}, a subclass"
+        elif not any(wanted(name, layer) for name in places):
+            reason = "the filter left it out"
+        elif others:
+            reason = f"its weight is shared with {', '.join(others)}"
+        if reason is None:
+            chosen.setdefault(id(layer.weight), []).append(layer)
+        else:
+            kept |= dict.fromkeys(places, reason)
+
+    replaced: dict[str, Spec] = {}
+    before = after = 0
+    with bar("quantizing", len(chosen), progress) as begin:
+        for weight in list(chosen):
+            first, *others_alike = chosen.pop(weight)
+            begin(names[first][0])
+            before += first.weight.nbytes
+            try:
+                new = Linear.from_linear(
+                    first, format, group_size, scale_dtype=scale_dtype, search=search, device=device
+                )
+            except ValueError as error:
+                raise type(error)(f"{names[first][0]}: {error}") from error
+            after += new.packed.nbytes
+            for layer in (first, *others_alike):
+                bias = layer.bias if layer.bias is None or layer is first else layer.bias.to(new.packed.device)
+                its = new if layer is first else Linear.from_quantized(new.quantized, bias).train(layer.training)
+                for name in names.pop(layer):
+                    _put(model, name, its)
+                    replaced[name] = its.spec
+            del first, others_alike, layer  # their memory is to be free before the next one is quantized
+            if new.packed.is_cuda:
+                import_cupy("a GPU").get_default_memory_pool().free_all_blocks()
+    return Report(replaced, kept, before, after)
+
+
+def _matches(filter: Filter | None) -> Callable[[str, torch.nn.Linear], bool]:
+    if filter is None:
+        return lambda name, layer: True
+    if callable(filter):
+        return filter
+    patterns = [filter] if isinstance(filter, str) else list(filter)
+    return lambda name, layer: any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns)
+
+
+# ---- files
+
+
+def save_quantized(model: torch.nn.Module, path: str | os.PathLike[str]) -> None:
+    """Write all tensors of a model to one safetensors file, with what its packed weights are, and checksums of them.
+
+    Tensors that share memory are written once. The file appears whole or not at all.
+
+    Raises:
+        ValueError: the model has no :class:`Linear` layer. TypeError: its state holds something that is no tensor.
+    """
+    path = Path(path)
+    layers = {name: module for name, module in _named(model).items() if isinstance(module, Linear)}
+    if not layers:
+        raise ValueError("the model has no quantized layer; quantize_model_ makes them.")
+    tensors: dict[str, torch.Tensor] = {}
+    same: dict[str, str] = {}
+    first: dict[Any, str] = {}  # by the memory that a tensor has
+    for name, value in model.state_dict().items():
+        if not isinstance(value, torch.Tensor):
+            raise TypeError(f"{name} in the model's state is a {type(value).__name__}; only tensors can be saved.")
+        key = value.device, value.data_ptr(), value.shape, value.stride(), value.dtype
+        if value.numel() and key in first:
+            same[name] = first[key]
+        else:
+            first[key] = name
+            tensors[name] = value.contiguous()
+    description = {
+        "layers": {name: described(layer.spec, layer.packed.cpu().numpy()) for name, layer in layers.items()},
+        "same": same,
+    }
+    with whole_file(path) as temporary:
+        safetensors.torch.save_file(tensors, temporary, metadata={METADATA_KEY: json.dumps(description)})
+
+
+def load_quantized_(
+    model: torch.nn.Module, path: str | os.PathLike[str], *, device: torch.device | str = "cpu"
+) -> None:
+    """Read a file of :func:`save_quantized` into a model of the same architecture, checking every packed byte.
+
+    Its torch.nn.Linear layers that the file has quantized are replaced, so that it may come without weights, from
+    ``with torch.device("meta")``.
+
+    Args:
+        model: the model, changed in place.
+        path: the file.
+        device: where the tensors of a model on the meta device go. Those of other models stay where they are.
+
+    Raises:
+        FileNotFoundError: no such file. FileFormatError: not such a file, truncated or edited. ValueError: the model
+            has no layer of that name and shape. RuntimeError, by PyTorch: other tensors than the model has.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"no file {path}.")
+    try:
+        with safetensors.safe_open(path, framework="pt") as file:
+            text = (file.metadata() or {}).get(METADATA_KEY)
+            state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        found = json.loads(text or "null")
+        layers, same = dict(found["layers"]), dict(found["same"])
+        state |= {name: state[other] for name, other in same.items()}
+    except (safetensors.SafetensorError, OSError, ValueError, TypeError, KeyError) as error:
+        raise FileFormatError(f"{path} is no file of save_quantized ({error!r}); save it again.") from error
+    for name, fields in layers.items():
+        spec = Spec.of_fields(fields, f"{path}: {name}")
+        check_packed(fields, spec, state[f"{name}.packed"].numpy(), f"{path}: {name}")
+    modules, specs = _named(model), {name: Spec.of_fields(fields, path) for name, fields in layers.items()}
+    for name, spec in specs.items():
+        module = modules.get(name)
+        if not isinstance(module, torch.nn.Linear | Linear) or (module.in_features, module.out_features) != spec.shape:
+            raise ValueError(f"{path} has a Linear layer {name} of (K, N) = {spec.shape}, and the model {module!r}.")
+    new: dict[torch.nn.Module, Linear] = {}  # by what it takes the place of
+    for name, spec in specs.items():
+        old = modules[name]
+        if isinstance(old, torch.nn.Linear):
+            if old not in new:
+                new[old] = _empty(spec, state.get(f"{name}.bias"), old.weight.device).train(old.training)
+            _put(model, name, new[old])
+    on_meta = any(tensor.is_meta for tensor in (*model.parameters(), *model.buffers()))
+    if on_meta:
+        state = {name: tensor.to(device) for name, tensor in state.items()}
+    model.load_state_dict(state, assign=on_meta)
+
+
+def _empty(spec: Spec, bias: torch.Tensor | None, device: torch.device) -> Linear:
+    """A layer to load into."""
+    return Linear(
+        *spec.shape,
+        bias is not None,
+        format=spec.format,
+        group_size=spec.group_size,
+        scale_dtype=spec.scale_dtype,
+        device=device,
+        dtype=None if bias is None else bias.dtype,
+    )
+
+
+def _named(model: torch.nn.Module) -> dict[str, torch.nn.Module]:
+    """Every module by every name that it has."""
+    return dict(model.named_modules(remove_duplicate=False))
+
+
+def _put(model: torch.nn.Module, name: str, module: torch.nn.Module) -> None:
+    parent, _, child = name.rpartition(".")
+    setattr(model.get_submodule(parent), child, module)

@@ -1,0 +1,85 @@
+"""Runs of K of a packed weight as dense arrays, for gradients. Twin of cuda_src/kernels/dequantize.cuh.
+
+A dense copy of a whole weight is never made: :func:`runs` cuts K so that each piece is of bounded size.
+"""
+
+from __future__ import annotations
+
+import functools
+import struct
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from marlin_cupy.device import Gpu, gpu
+from marlin_cupy.frameworks import StreamFramework
+from marlin_cupy.jit import launch, source
+from marlin_cupy.kernels.cuda import Block
+from marlin_cupy.kernels.operands import Weight
+from marlin_cupy.layout import SLAB_K, SLAB_N, Layout
+from marlin_cupy.spec import Spec
+
+#: struct Args of the twin: two pointers, four ints.
+_ARGS = struct.Struct("=2Q4i")
+_ARGUMENTS = launch.ArgumentBlock(_ARGS.size)
+#: Bytes of a dense run, where a single slab of K does not take more.
+_RUN_BYTES = 64 << 20
+_BLOCKS_PER_SM = 8
+_NAME = "dequantize"
+
+
+@dataclass(frozen=True)
+class Slabs(Block):
+    """A warp for 16 outputs of a slab."""
+
+    threads: int = SLAB_N // 16 * 32
+
+    def shared_bytes(self, layout: Layout) -> int:
+        """The format's table, and a dense slab whose rows are 16 bytes apart."""
+        return layout.format.table_bytes + SLAB_N * (2 * SLAB_K + 16)
+
+
+_CONFIG = Slabs()
+
+
+def runs(spec: Spec) -> Iterator[range]:
+    """Slabs of K, in runs of at most 64 MB of dense weights or one slab."""
+    length = max(1, _RUN_BYTES // (2 * spec.shape[1] * SLAB_K))
+    slabs_k = spec.layout.packed_shape[1]
+    for start in range(0, slabs_k, length):
+        yield range(start, min(start + length, slabs_k))
+
+
+def variant(spec: Spec, dtype: str) -> tuple[str, str]:
+    """(name, source) for weights like those of ``spec``, as an array of ``dtype``."""
+    name = f"{_NAME}-{spec.format}-g{spec.layout.granule}-{dtype}"
+    return name, source.specialized(_NAME, spec, dtype, _CONFIG.cpp(), _CONFIG.shared_bytes(spec.layout))
+
+
+@functools.cache
+def load(spec: Spec, dtype: str, on: Gpu) -> launch.Function:
+    """Compiled and loaded."""
+    return launch.load(*variant(spec, dtype), on.arch, on.index, _NAME, _CONFIG.shared_bytes(spec.layout))
+
+
+def dense(framework: StreamFramework, w: Weight, spec: Spec, dtype: str, run: range) -> Any:
+    """W^T (N, K of the slabs in ``run``) of ``dtype``, float16 or bfloat16, enqueued on the framework's current stream.
+
+    Rows are contiguous; where the last slab is padded, they are further apart than they are long.
+    """
+    K, N = spec.shape
+    on = gpu(w.device.index)
+    array = framework.empty((N, SLAB_K * len(run)), dtype, w.device)
+    _ARGS.pack_into(
+        _ARGUMENTS.data,
+        0,
+        w.pointer,
+        framework.pointer(array),
+        N,
+        spec.layout.packed_shape[1],
+        run.start,
+        len(run),
+    )
+    blocks = min(spec.layout.packed_shape[0] * len(run), on.sm_count * _BLOCKS_PER_SM)
+    load(spec, dtype, on).launch(blocks, _CONFIG.threads, framework.stream(w.device), _ARGUMENTS)
+    return array[:, : K - SLAB_K * run.start]

@@ -1,0 +1,108 @@
+"""Spec: what a quantized matrix is, apart from its values."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from dataclasses import dataclass
+from typing import Any
+
+from marlin_cupy import formats
+from marlin_cupy.errors import FileFormatError
+from marlin_cupy.formats.scalars import HALF_DTYPES
+from marlin_cupy.layout import SLAB_K, SLAB_N, Layout
+
+#: Version of the file format and of the packed layout in it.
+FILE_VERSION = 1
+
+
+@dataclass(frozen=True)
+class Spec:
+    """The immutable description of a quantized matrix. It does not depend on the activations it will meet."""
+
+    format: str
+    shape: tuple[int, int]  # logical (K, N)
+    group_size: int  # K per scale; -1: all of K
+    scale_dtype: str
+
+    @property
+    def layout(self) -> Layout:
+        """Where the codes sit."""
+        return Layout(formats.get(self.format), *self.shape, self.group_size, self.scale_dtype)
+
+    @property
+    def row_step(self) -> int:
+        """Where K can be cut: at multiples of this, between slabs and between groups."""
+        return SLAB_K if self.group_size == -1 else math.lcm(SLAB_K, self.group_size)
+
+    def of_part(self, packed_shape: tuple[int, ...]) -> Spec:
+        """What ``packed`` (..., slabs_n, slabs_k, slab_bytes) holds that is an equal share of such a weight.
+
+        ValueError where that is nothing by itself: shares are whole slabs, without padding, and whole groups.
+        """
+        whole = self.layout.packed_shape
+        if packed_shape[-3:] == whole:
+            return self
+        K, N = self.shape
+        slabs_n, slabs_k, slab_bytes = packed_shape[-3:]
+        part = (K if slabs_k == whole[1] else slabs_k * SLAB_K), (N if slabs_n == whole[0] else slabs_n * SLAB_N)
+        found = dataclasses.replace(self, shape=part)
+        cuts_group = part[0] != K and part[0] % self.row_step
+        if slab_bytes != whole[2] or K % part[0] or N % part[1] or cuts_group:
+            raise ValueError(
+                f"packed has shape {packed_shape}, which is no share of {whole}, a {self.format} weight of (K, N) = "
+                f"{self.shape}, group_size={self.group_size}: an equal share has a multiple of {SLAB_N} outputs, or of "
+                f"{self.row_step} inputs."
+            )
+        return found
+
+    @staticmethod
+    def checked(format: str, shape: tuple[int, int], group_size: int | None, scale_dtype: str) -> Spec:
+        """With the format's own group size for None; ValueError where there can be no such weight."""
+        size = checked_group_size(group_size, formats.get(format).default_group_size)
+        if len(shape) != 2 or min(shape) < 1:
+            raise ValueError(f"the shape is {shape!r}; a weight has (K, N), at least (1, 1).")
+        return Spec(format, shape, size, checked_scale_dtype(scale_dtype))
+
+    @property
+    def fields(self) -> dict[str, Any]:
+        """As files hold it, with the version of the layout; :meth:`of_fields` is the inverse."""
+        return {
+            "version": FILE_VERSION,
+            "format": self.format,
+            "shape": list(self.shape),
+            "group_size": self.group_size,
+            "scale_dtype": self.scale_dtype,
+        }
+
+    @staticmethod
+    def of_fields(fields: Any, where: object) -> Spec:
+        """The spec that ``fields``, found in ``where``, say; FileFormatError where they say none that can be read."""
+        try:
+            version = int(fields["version"])
+        except (ValueError, KeyError, TypeError, OverflowError) as error:
+            raise FileFormatError(f"{where} has damaged metadata ({error!r}); save it again.") from error
+        if version > FILE_VERSION:
+            raise FileFormatError(
+                f"{where} has version {version}; this marlin_cupy reads up to {FILE_VERSION}, upgrade it."
+            )
+        try:
+            K, N = map(int, fields["shape"])
+            return Spec.checked(str(fields["format"]), (K, N), int(fields["group_size"]), str(fields["scale_dtype"]))
+        except (ValueError, KeyError, TypeError, OverflowError) as error:
+            raise FileFormatError(f"{where} does not hold what it says: {error}; save it again.") from error
+
+
+def checked_group_size(group_size: int | None, default: int) -> int:
+    """``group_size``, or ``default`` for None; ValueError where it is no group size."""
+    size = default if group_size is None else group_size
+    if isinstance(size, bool) or not isinstance(size, int) or (size != -1 and (size <= 0 or size % 16)):
+        raise ValueError(f"group_size is {size!r}; use -1 (one group) or a positive multiple of 16.")
+    return size
+
+
+def checked_scale_dtype(scale_dtype: str) -> str:
+    """``scale_dtype``; ValueError where scales cannot have it."""
+    if scale_dtype not in HALF_DTYPES:
+        raise ValueError(f"scale_dtype is {scale_dtype!r}; use {' or '.join(HALF_DTYPES)}.")
+    return scale_dtype
