@@ -92,9 +92,12 @@ def multiply(
             f"bias is {FRAMEWORK.dtype(bias)}{tuple(bias.shape)} on {bias.device}; "
             f"it must be {dtype}{(N,)} on {x.device}, as x."
         )
-    y: torch.Tensor = torch.ops.marlin_cupy.matmul.default(
-        x, packed, range_factors, bias, spec.format, K, N, spec.group_size, spec.scale_dtype, batch_invariant, dependent
-    )
+    what = spec.format, K, N, spec.group_size, spec.scale_dtype, batch_invariant, dependent
+    y: torch.Tensor
+    if FRAMEWORK.follows(x, packed, bias):
+        y = torch.ops.marlin_cupy.matmul.default(x, packed, range_factors, bias, *what)
+    else:  # the same without PyTorch's dispatcher, which takes longer on the host than the rest
+        y = (_matmul_cuda if x.is_cuda else _matmul_cpu)(x, packed, range_factors, bias, *what)
     return y
 
 

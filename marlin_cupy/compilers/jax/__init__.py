@@ -133,7 +133,11 @@ def _transposed(static: _Static) -> Any:
 
     @custom_vmap
     def product(dy: Array, packed: Array, layer: Any) -> Array:
-        return _rows_transposed(static, dy, _layer_of(packed, layer))
+        rows = dy.reshape(-1, dy.shape[-1]) if dy.ndim != 2 else dy
+        if rows.shape[0] == 0:
+            return jnp.zeros((*dy.shape[:-1], static.spec.shape[0]), dy.dtype)
+        x = partitioned(_share_transposed(), static.spec, rows, packed, layer=layer, transposed=True)
+        return x.reshape(*dy.shape[:-1], x.shape[-1]) if dy.ndim != 2 else x
 
     product.def_vmap(functools.partial(_batched, product))
     return product
@@ -189,18 +193,23 @@ def _share(batch_invariant: bool) -> Multiply:
     return multiply
 
 
-def _rows_transposed(static: _Static, dy: Array, packed: Array) -> Array:
-    """dy @ W.T: on a GPU with weights rounded to the type of dy, elsewhere in float32."""
-    layout, N = static.spec.layout, static.spec.shape[1]
+@functools.cache
+def _share_transposed() -> Multiply:
+    """dy @ W.T on one device: on a GPU with weights rounded to the type of dy, elsewhere in float32."""
 
-    def on_gpu(dy: Array, packed: Array) -> Array:
-        weight = decoded(layout, packed, N).astype(dy.dtype)
-        return jnp.matmul(dy, weight.T, preferred_element_type=jnp.float32).astype(dy.dtype)
+    def multiply(spec: Spec, dy: Array, packed: Array, factors: Any, layer: Any, bias: Any) -> Array:
+        layout, N = spec.layout, spec.shape[1]
 
-    def reference(dy: Array, packed: Array) -> Array:
-        return _dot(dy.astype(jnp.float32), decoded(layout, packed, N).T).astype(dy.dtype)
+        def on_gpu(dy: Array, packed: Array) -> Array:
+            weight = decoded(layout, packed, N).astype(dy.dtype)
+            return jnp.matmul(dy, weight.T, preferred_element_type=jnp.float32).astype(dy.dtype)
 
-    return jax.lax.platform_dependent(dy, packed, cuda=on_gpu, default=reference)
+        def reference(dy: Array, packed: Array) -> Array:
+            return _dot(dy.astype(jnp.float32), decoded(layout, packed, N).T).astype(dy.dtype)
+
+        return jax.lax.platform_dependent(dy, _layer_of(packed, layer), cuda=on_gpu, default=reference)
+
+    return multiply
 
 
 def _layer_of(packed: Array, layer: Array | None) -> Array:

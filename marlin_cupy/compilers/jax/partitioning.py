@@ -4,7 +4,8 @@
        m  k           n        k                      m  n
 
 Sharded n splits outputs, sharded k splits the sum, which the devices then add up, sharded m splits rows. Each device
-multiplies by the share of the packed weight that it has: nothing of a weight is ever gathered.
+multiplies by the share of the packed weight that it has: nothing of a weight is ever gathered. In the gradient, y @ W.T,
+n and k change places.
 """
 
 from __future__ import annotations
@@ -26,12 +27,20 @@ _custom_partitioning: Any = custom_partitioning.custom_partitioning
 _PartitionSpec: Any = jax.sharding.PartitionSpec
 _lax: Any = jax.lax
 
-#: (spec of the share, x, packed, factors, layer, bias) -> y.
+#: (spec of the share, x, packed, factors, layer, bias) -> y, or for the gradient (.., y, ..) -> x.
 Multiply = Callable[[Spec, Any, Any, Any | None, Any | None, Any | None], Any]
 
 
 def partitioned(
-    multiply: Multiply, spec: Spec, x: Any, packed: Any, factors: Any | None, layer: Any | None, bias: Any | None
+    multiply: Multiply,
+    spec: Spec,
+    x: Any,
+    packed: Any,
+    factors: Any | None = None,
+    layer: Any | None = None,
+    bias: Any | None = None,
+    *,
+    transposed: bool = False,
 ) -> Any:
     """``multiply`` by shares, where the program is compiled for several devices.
 
@@ -41,7 +50,7 @@ def partitioned(
         return multiply(spec, x, packed, factors, layer, bias)
     given = tuple(each is not None for each in (factors, layer, bias))
     operands = [each for each in (factors, layer, bias) if each is not None]
-    return _operation(multiply, spec, given)(x, packed, *operands)
+    return _operation(multiply, spec, given, transposed)(x, packed, *operands)
 
 
 def varying_alike(*arrays: Any) -> list[Any]:
@@ -71,9 +80,9 @@ def _vary(array: Any, axes: frozenset[str]) -> Any:
 
 
 @functools.lru_cache(maxsize=4096)
-def _operation(multiply: Multiply, spec: Spec, given: tuple[bool, bool, bool]) -> Any:
+def _operation(multiply: Multiply, spec: Spec, given: tuple[bool, bool, bool], transposed: bool) -> Any:
     """For which of range factors, layer and bias there are."""
-    stacked = given[1]
+    lead = (None,) * given[1]  # of stacks
 
     def whole(x: Any, packed: Any, *others: Any) -> Any:
         return multiply(spec, x, packed, *_spread(others, given))
@@ -81,33 +90,31 @@ def _operation(multiply: Multiply, spec: Spec, given: tuple[bool, bool, bool]) -
     def partition(mesh: Any, operands: Any, result: Any) -> Any:
         axes_m, _ = _axes(operands[0].sharding, 2)
         axes_n, axes_k = _axes(operands[1].sharding, len(operands[1].shape))[-3:-1]
+        axes_sum, axes_out = (axes_n, axes_k) if transposed else (axes_k, axes_n)
         if {*_names(axes_m)} & {*_names(axes_n), *_names(axes_k)}:
             axes_m = None
-        shape = list(operands[1].shape)
-        shape[-3] //= _count(mesh, axes_n)
-        shape[-2] //= _count(mesh, axes_k)
-        of_share = spec.of_part(tuple(shape))
+        *_, slabs_n, slabs_k, slab_bytes = operands[1].shape
+        of_share = spec.of_part((slabs_n // _count(mesh, axes_n), slabs_k // _count(mesh, axes_k), slab_bytes))
 
         def lower(x: Any, packed: Any, *others: Any) -> Any:
             factors, layer, bias = _spread(others, given)
-            if axes_k is None:
+            if axes_sum is None:
                 return multiply(of_share, x, packed, factors, layer, bias)
             y = multiply(of_share, x, packed, factors, layer, None).astype(jnp.float32)
-            y = _lax.psum(y, axes_k)
+            y = _lax.psum(y, axes_sum)
             return (y if bias is None else y + bias.astype(jnp.float32)).astype(x.dtype)
 
-        lead = (None,) * stacked
-        specs = [(axes_m, axes_k), (*lead, axes_n, axes_k, None)]
+        specs = [(axes_m, axes_sum), (*lead, axes_n, axes_k, None)]
         specs += [each for each, is_given in zip([(*lead, axes_n), (), (axes_n,)], given, strict=True) if is_given]
         named = [NamedSharding(mesh, _PartitionSpec(*each)) for each in specs]
-        return mesh, lower, NamedSharding(mesh, _PartitionSpec(axes_m, axes_n)), tuple(named)
+        return mesh, lower, NamedSharding(mesh, _PartitionSpec(axes_m, axes_out)), tuple(named)
 
     operation = _custom_partitioning(whole)
-    operation.def_partition(partition=partition, **_rule(spec, given))
+    operation.def_partition(partition=partition, **_rule(spec, given, transposed))
     return operation
 
 
-def _rule(spec: Spec, given: tuple[bool, bool, bool]) -> dict[str, Any]:
+def _rule(spec: Spec, given: tuple[bool, bool, bool], transposed: bool) -> dict[str, Any]:
     """The factors of the dimensions; K and N are those of packed times the size of a slab where nothing is padded."""
     K, N = spec.shape
     sizes: dict[str, int] = {}
@@ -119,7 +126,8 @@ def _rule(spec: Spec, given: tuple[bool, bool, bool]) -> dict[str, Any]:
         sizes["j"] = SLAB_N
     lead = "l " if given[1] else ""
     others = [each for each, is_given in zip([lead + factors, "", outputs], given, strict=True) if is_given]
-    return {"sharding_rule": f"{', '.join([f'm {inputs}', f'{lead}n k b', *others])} -> m {outputs}", **sizes}
+    taken, made = (outputs, inputs) if transposed else (inputs, outputs)
+    return {"sharding_rule": f"{', '.join([f'm {taken}', f'{lead}n k b', *others])} -> m {made}", **sizes}
 
 
 def _spread(others: tuple[Any, ...], given: tuple[bool, bool, bool]) -> list[Any | None]:

@@ -1,0 +1,254 @@
+"""The linear layers of a whole model in one JAX program: ours against bfloat16 jnp.dot, unrolled and in lax.scan.
+
+32 decoder layers of Llama 3 8B without attention and norms: q, k and v in one matrix, of which q goes on; o; gate and
+up in one matrix; silu(gate) * up; down; and the two residual sums. Weights are random. All programs compute the same,
+in one process, in turns::
+
+    python -m marlin_cupy.bench.jax_stack --output jax_stack.json
+
+A step is one call of a compiled program whose result is the next one's argument; its time is that of many in a row.
+``unrolled`` takes every weight as an argument of its own, ``scan, in place`` indexes stacks of weights inside lax.scan,
+``scan, slices`` gives the stacks to lax.scan, which takes them apart.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import math
+import os
+import statistics
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import ml_dtypes
+import numpy
+from rich import box
+from rich.console import Console
+from rich.table import Table
+
+from marlin_cupy.api import matmul
+from marlin_cupy.bench import report
+from marlin_cupy.compilers.jax import launching
+from marlin_cupy.device import gpu_count, no_gpu
+from marlin_cupy.integrations.jax import stack
+from marlin_cupy.progress import bar
+from marlin_cupy.tensor import quantize
+
+jax: Any = importlib.import_module("jax")
+jnp: Any = importlib.import_module("jax.numpy")
+
+LAYERS = 32
+M_VALUES = (1, 16, 64)
+HIDDEN, QKV, INNER = 4096, 6144, 14336
+SHAPES = {"qkv": (HIDDEN, QKV), "o": (HIDDEN, HIDDEN), "gate_up": (HIDDEN, 2 * INNER), "down": (INNER, HIDDEN)}
+#: Keeps the residual stream in range through all layers.
+_GAIN = 0.3
+_SAMPLES, _SAMPLE_S = 7, 0.04
+#: Of the result of int4 against bfloat16 weights; more than that is a mistake.
+_TOLERANCE = 0.3
+OURS, DENSE = "marlin_cupy", "bfloat16"
+Weights = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Row:
+    """One program for M rows.
+
+    Attributes:
+        us: microseconds per step, the median.
+        spread: their least and largest.
+        compile_s: seconds to trace and compile the program, kernels being in the cache.
+        handler_calls: of Python by XLA, in all the steps that were timed.
+        error: relative, of the result against that of bfloat16 weights.
+    """
+
+    M: int
+    program: str
+    weights: str
+    us: float
+    spread: list[float]
+    compile_s: float
+    handler_calls: int | None
+    error: float
+
+
+def layer(x: Any, w: Weights) -> Any:
+    """One decoder layer's linear layers; x: [M, HIDDEN]."""
+    x = x + (x @ w["qkv"])[:, :HIDDEN] @ w["o"]
+    gate_up = x @ w["gate_up"]
+    x = x + (jax.nn.silu(gate_up[:, :INNER]) * gate_up[:, INNER:]) @ w["down"]
+    return (x / jnp.sqrt(jnp.mean(jnp.square(x.astype(jnp.float32)), -1, keepdims=True))).astype(x.dtype)
+
+
+def unrolled(x: Any, layers: list[Weights]) -> Any:
+    """All layers, one after the other."""
+    for w in layers:
+        x = layer(x, w)
+    return x
+
+
+def scan_slices(x: Any, stacks: Weights) -> Any:
+    """The stacks taken apart by lax.scan."""
+    return jax.lax.scan(lambda x, w: (layer(x, w), None), x, stacks)[0]
+
+
+def scan_in_place(x: Any, stacks: Weights) -> Any:
+    """The stacks indexed inside lax.scan."""
+    count = jax.tree.leaves(stacks)[0].shape[0]
+    return jax.lax.scan(
+        lambda x, index: (layer(x, {name: w[index] for name, w in stacks.items()}), None), x, jnp.arange(count)
+    )[0]
+
+
+def weights(layers: int) -> dict[str, list[Weights]]:
+    """The same weights twice: packed, and as bfloat16 arrays."""
+    found: dict[str, list[Weights]] = {OURS: [], DENSE: []}
+    draw = jax.jit(lambda key, shape: _GAIN * shape[0] ** -0.5 * jax.random.normal(key, shape), static_argnums=1)
+    with bar("quantizing", layers, True) as begin:
+        for index in range(layers):
+            begin(f"layer {index}")
+            ours, dense = {}, {}
+            for number, (name, shape) in enumerate(SHAPES.items()):
+                values = draw(jax.random.key(4 * index + number), shape)
+                ours[name] = quantize(values, "int4", 128, scale_dtype="bfloat16").to("jax")
+                dense[name] = values.astype(jnp.bfloat16)
+            found[OURS].append(ours)
+            found[DENSE].append(dense)
+    return found
+
+
+def stacked(layers: list[Weights], packed: bool) -> Weights:
+    """All layers of a name in one array."""
+    return {
+        name: stack([w[name] for w in layers]) if packed else jnp.stack([w[name] for w in layers]) for name in SHAPES
+    }
+
+
+def handler_calls() -> int:
+    """How often XLA has called Python to launch."""
+    found = launching._plan_of.cache_info()
+    return found.hits + found.misses
+
+
+class Program:
+    """A compiled program that is called again and again."""
+
+    def __init__(self, function: Any, x: Any, operand: Any) -> None:
+        start = time.perf_counter()
+        self._run = jax.jit(function).lower(x, operand).compile()
+        self.compile_s = time.perf_counter() - start
+        self._operand, self._x = operand, x
+        self.result = self._run(x, operand)
+        self.calls = 0
+        start = time.perf_counter()
+        self._steps(8)
+        self._count = max(1, math.ceil(8 * _SAMPLE_S / (time.perf_counter() - start)))
+
+    def _steps(self, count: int) -> None:
+        x = self._x
+        for _ in range(count):
+            x = self._run(x, self._operand)
+        jax.block_until_ready(x)
+
+    def sample(self) -> float:
+        """Microseconds per step."""
+        before, start = handler_calls(), time.perf_counter()
+        self._steps(self._count)
+        us = (time.perf_counter() - start) / self._count * 1e6
+        self.calls += handler_calls() - before
+        return us
+
+
+def measure(M: int, both: dict[str, list[Weights]], stacks: dict[str, Weights]) -> list[Row]:
+    """All programs for M rows, in turns; RuntimeError where a result is wrong."""
+    x = jax.random.normal(jax.random.key(M), (M, HIDDEN), jnp.bfloat16)
+    functions = {"unrolled": unrolled, "scan, in place": scan_in_place, "scan, slices": scan_slices}
+    programs = {
+        (program, name): Program(function, x, both[name] if program == "unrolled" else stacks[name])
+        for program, function in functions.items()
+        for name in (OURS, DENSE)
+        if not (program == "scan, in place" and name == DENSE)
+    }
+    samples: dict[tuple[str, str], list[float]] = {key: [] for key in programs}
+    for index in range(_SAMPLES + 1):
+        for key in sorted(programs, reverse=index % 2 == 1):
+            samples[key].append(programs[key].sample())
+    expected = numpy.asarray(programs["unrolled", DENSE].result).astype(numpy.float64)
+    rows = []
+    for (program, name), each in programs.items():
+        error = numpy.linalg.norm(numpy.asarray(each.result).astype(numpy.float64) - expected)
+        error /= numpy.linalg.norm(expected)
+        if not error < _TOLERANCE:
+            raise RuntimeError(f"{program}, {name}, M={M}: the result is {error:.3g} from that of bfloat16 weights.")
+        times = samples[program, name][1:]  # after one that warms up
+        calls = each.calls if name == OURS else None
+        rows.append(
+            Row(M, program, name, statistics.median(times), [min(times), max(times)], each.compile_s, calls, error)
+        )
+    return rows
+
+
+def one_call_us(M: int, w: Any) -> float:
+    """Microseconds of a program with one product, from call to result on the host."""
+    x = jnp.ones((M, w.shape[0]), ml_dtypes.bfloat16)
+    run = jax.jit(matmul)
+    run(x, w).block_until_ready()
+    times = []
+    for _ in range(500):
+        start = time.perf_counter()
+        run(x, w).block_until_ready()
+        times.append((time.perf_counter() - start) * 1e6)
+    return statistics.median(times)
+
+
+def show(rows: Sequence[Row], console: Console) -> None:
+    """A table."""
+    table = Table(title="microseconds per step of all decoder layers' linear layers", box=box.SIMPLE_HEAD)
+    for heading in ("M", "program", "weights", "us", "bfloat16 / ours", "compile s", "Python calls", "error"):
+        table.add_column(heading, justify="left" if heading in ("program", "weights") else "right")
+    for each in rows:
+        other = "scan, slices" if each.program.startswith("scan") else "unrolled"
+        dense = next(row for row in rows if (row.M, row.program, row.weights) == (each.M, other, DENSE))
+        times = f"{dense.us / each.us:.2f}" if each.weights == OURS else ""
+        calls = "" if each.handler_calls is None else str(each.handler_calls)
+        table.add_row(
+            *(str(each.M), each.program, each.weights, f"{each.us:.0f}", times),
+            *(f"{each.compile_s:.1f}", calls, f"{each.error:.1e}"),
+        )
+    console.print(table)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Measure, show, and write JSON if asked to. The exit code is 1 without a GPU."""
+    parser = argparse.ArgumentParser(prog="python -m marlin_cupy.bench.jax_stack", description=__doc__)
+    parser.add_argument("--output", type=Path, help="JSON file")
+    parser.add_argument("--layers", type=int, default=LAYERS)
+    parser.add_argument("--m", type=int, action="append", help=f"rows of x, repeatable; {M_VALUES} if not given")
+    options = parser.parse_args(arguments)
+    if gpu_count() == 0 or jax.default_backend() != "gpu":
+        print(no_gpu("The benchmark") if gpu_count() == 0 else "The benchmark needs JAX with CUDA, jax[cuda13].")
+        return 1
+    both = weights(options.layers)
+    stacks = {name: stacked(layers, name == OURS) for name, layers in both.items()}
+    rows: list[Row] = []
+    for M in options.m or M_VALUES:
+        rows += measure(M, both, stacks)
+    single = one_call_us(1, both[OURS][0]["o"])
+    show(rows, Console(width=report.WIDTH, highlight=False))
+    print(f"a program with one product, 1 x {HIDDEN} x {HIDDEN}, from call to result: {single:.1f} us")
+    if options.output is not None:
+        header = report.header(layers=options.layers, shapes=SHAPES, format="int4", group_size=128)
+        report.write_json(
+            options.output, {"header": header, "one_call_us": single, "rows": [asdict(each) for each in rows]}
+        )
+    return 0
+
+
+if __name__ == "__main__":
+    os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
+    sys.exit(main())
