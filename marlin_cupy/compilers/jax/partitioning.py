@@ -4,8 +4,8 @@
        m  k           n        k                      m  n
 
 Sharded n splits outputs, sharded k splits the sum, which the devices then add up, sharded m splits rows. Each device
-multiplies by the share of the packed weight that it has: nothing of a weight is ever gathered. In the gradient, y @ W.T,
-n and k change places.
+multiplies by the share of the packed weight that it has: nothing of a weight is ever gathered. For the
+gradient, y @ W.T, n and k change places.
 """
 
 from __future__ import annotations

@@ -1,0 +1,174 @@
+"""A model's linear layers in JAX on one GPU and on several: tensor parallel and batch parallel, ours and bfloat16.
+
+32 decoder layers of Llama 3 8B without attention and norms, random weights, one compiled program. Tensor parallel:
+q, gate and up are split by outputs (column parallel), o and down by inputs (row parallel), so that two sums over the
+devices remain per layer, which XLA adds to the program when it sees how the weights lie. Batch parallel: every GPU has
+all weights and its part of the rows::
+
+    python -m marlin_cupy.bench.jax_scaling --output jax_scaling.json      # 1, 2, 4, ... of the GPUs there are
+
+A step is one call of the program whose result is the next one's argument; its time is that of many in a row.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import os
+import sys
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy
+from rich import box
+from rich.console import Console
+from rich.table import Table
+
+from marlin_cupy.bench import report
+from marlin_cupy.bench.jax_stack import DENSE, HIDDEN, INNER, LAYERS, OURS, Program, Weights, sampled
+from marlin_cupy.device import gpu_count, no_gpu
+from marlin_cupy.integrations.jax import shard
+from marlin_cupy.progress import bar
+from marlin_cupy.tensor import quantize
+
+jax: Any = importlib.import_module("jax")
+jnp: Any = importlib.import_module("jax.numpy")
+sharding: Any = importlib.import_module("jax.sharding")
+
+M_VALUES = (16, 256)
+_AXIS = "devices"
+#: Of each matrix: (K, N), and where it is cut.
+_COLUMNS, _ROWS = (None, _AXIS), (_AXIS, None)
+MATRICES = {
+    "q": ((HIDDEN, HIDDEN), _COLUMNS),
+    "o": ((HIDDEN, HIDDEN), _ROWS),
+    "gate": ((HIDDEN, INNER), _COLUMNS),
+    "up": ((HIDDEN, INNER), _COLUMNS),
+    "down": ((INNER, HIDDEN), _ROWS),
+}
+TENSOR, BATCH = "tensor parallel", "batch parallel"
+_GAIN = 0.3
+#: Between a program on several GPUs and on one, which add up in other orders.
+_TOLERANCE = 0.05
+
+
+@dataclass(frozen=True)
+class Row:
+    """One program: microseconds per step, and how far its result is from that of the same weights on one GPU."""
+
+    M: int
+    devices: int
+    parallel: str
+    weights: str
+    us: float
+    spread: list[float]
+    error: float
+
+
+def forward(x: Any, layers: list[Weights]) -> Any:
+    """All layers; x: [M, HIDDEN]."""
+    for w in layers:
+        x = x + (x @ w["q"]) @ w["o"]
+        x = x + (jax.nn.silu(x @ w["gate"]) * (x @ w["up"])) @ w["down"]
+        x = (x / jnp.sqrt(jnp.mean(jnp.square(x.astype(jnp.float32)), -1, keepdims=True))).astype(x.dtype)
+    return x
+
+
+def weights(layers: int) -> dict[str, list[Weights]]:
+    """The same weights twice, on the first GPU: packed, and as bfloat16 arrays."""
+    found: dict[str, list[Weights]] = {OURS: [], DENSE: []}
+    draw = jax.jit(lambda key, shape: _GAIN * shape[0] ** -0.5 * jax.random.normal(key, shape), static_argnums=1)
+    with bar("quantizing", layers, True) as begin:
+        for index in range(layers):
+            begin(f"layer {index}")
+            ours, dense = {}, {}
+            for number, (name, (shape, _)) in enumerate(MATRICES.items()):
+                values = draw(jax.random.key(8 * index + number), shape)
+                ours[name] = quantize(values, "int4", 128, scale_dtype="bfloat16").to("jax")
+                dense[name] = values.astype(jnp.bfloat16)
+            found[OURS].append(ours)
+            found[DENSE].append(dense)
+    return found
+
+
+def placed(layers: list[Weights], mesh: Any, parallel: str) -> list[Weights]:
+    """The weights on all devices of ``mesh``: cut, or copied."""
+    everywhere = sharding.NamedSharding(mesh, sharding.PartitionSpec())
+
+    def place(name: str, w: Any) -> Any:
+        if parallel == BATCH:
+            return jax.device_put(w, everywhere)
+        cut = sharding.PartitionSpec(*MATRICES[name][1])
+        return shard(w, mesh, cut) if hasattr(w, "packed") else jax.device_put(w, sharding.NamedSharding(mesh, cut))
+
+    return [{name: place(name, w) for name, w in each.items()} for each in layers]
+
+
+def measure(M: int, both: dict[str, list[Weights]], counts: Sequence[int]) -> list[Row]:
+    """All programs for M rows; RuntimeError where a result is wrong."""
+    x = jax.random.normal(jax.random.key(M), (M, HIDDEN), jnp.bfloat16)
+    rows: list[Row] = []
+    expected: dict[str, Any] = {}
+    for count in counts:
+        mesh = sharding.Mesh(numpy.asarray(jax.devices()[:count]), (_AXIS,))
+        for parallel in (TENSOR, BATCH) if count > 1 else (TENSOR,):
+            spec = (_AXIS, None) if parallel == BATCH else ()
+            placed_x = jax.device_put(x, sharding.NamedSharding(mesh, sharding.PartitionSpec(*spec)))
+            programs = {name: Program(forward, placed_x, placed(both[name], mesh, parallel)) for name in (OURS, DENSE)}
+            for name, times in sampled(programs).items():
+                result = numpy.asarray(programs[name].result).astype(numpy.float64)
+                first = expected.setdefault(name, result)
+                error = float(numpy.linalg.norm(result - first) / numpy.linalg.norm(first))
+                if not error < _TOLERANCE:
+                    raise RuntimeError(f"{parallel}, {name}, {count} GPUs, M={M}: {error:.3g} from the result on one.")
+                us, *spread = times
+                rows.append(Row(M, count, parallel if count > 1 else "one GPU", name, us, spread, error))
+            del programs
+    return rows
+
+
+def show(rows: Sequence[Row], console: Console) -> None:
+    """A table."""
+    table = Table(title="microseconds per step of all decoder layers' linear layers", box=box.SIMPLE_HEAD)
+    for heading in ("M", "GPUs", "", "ours", "of one GPU", "bfloat16", "of one GPU", "error"):
+        table.add_column(heading, justify="left" if heading == "" else "right")
+    find = {(row.M, row.devices, row.parallel, row.weights): row for row in rows}
+    for (M, count, parallel, name), ours in find.items():
+        if name == OURS:
+            dense = find[M, count, parallel, DENSE]
+            one, one_dense = find[M, 1, "one GPU", OURS], find[M, 1, "one GPU", DENSE]
+            table.add_row(
+                *(str(M), str(count), parallel, f"{ours.us:.0f}", f"{one.us / ours.us:.2f}x"),
+                *(f"{dense.us:.0f}", f"{one_dense.us / dense.us:.2f}x", f"{ours.error:.1e}"),
+            )
+    console.print(table)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Measure, show, and write JSON if asked to. The exit code is 1 without a GPU."""
+    parser = argparse.ArgumentParser(prog="python -m marlin_cupy.bench.jax_scaling", description=__doc__)
+    parser.add_argument("--output", type=Path, help="JSON file")
+    parser.add_argument("--layers", type=int, default=LAYERS)
+    parser.add_argument("--m", type=int, action="append", help=f"rows of x, repeatable; {M_VALUES} if not given")
+    options = parser.parse_args(arguments)
+    if gpu_count() == 0 or jax.default_backend() != "gpu":
+        print(no_gpu("The benchmark") if gpu_count() == 0 else "The benchmark needs JAX with CUDA, jax[cuda13].")
+        return 1
+    counts = [count for count in (1, 2, 4, 8) if count <= len(jax.devices())]
+    both = weights(options.layers)
+    rows: list[Row] = []
+    for M in options.m or M_VALUES:
+        rows += measure(M, both, counts)
+    show(rows, Console(width=report.WIDTH, highlight=False))
+    if options.output is not None:
+        shapes = {name: shape for name, (shape, _) in MATRICES.items()}
+        header = report.header(layers=options.layers, shapes=shapes, format="int4", group_size=128)
+        report.write_json(options.output, {"header": header, "rows": [asdict(each) for each in rows]})
+    return 0
+
+
+if __name__ == "__main__":
+    os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
+    sys.exit(main())
