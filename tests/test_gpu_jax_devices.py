@@ -109,7 +109,7 @@ def test_a_stack_of_shares(jax: ModuleType) -> None:
     from marlin_cupy.integrations.jax import shard, stack
 
     P = jax.sharding.PartitionSpec
-    ws = [mc.quantize(gaussian(K, N, seed=seed), "int4", 128, device="cuda") for seed in range(3)]
+    ws = [mc.quantize(gaussian(K, N, seed=seed), "int4", 128) for seed in range(3)]
     x = rows((M, K), seed=2, dtype="float16")
     run = jax.jit(lambda x, ws: jax.lax.map(lambda layer: x @ ws[layer], jax.numpy.arange(3)))
     for mesh in meshes(jax):

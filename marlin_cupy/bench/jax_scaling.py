@@ -56,7 +56,9 @@ _TOLERANCE = 0.05
 
 @dataclass(frozen=True)
 class Row:
-    """One program: microseconds per step, and how far its result is from that of the same weights on one GPU."""
+    """One program: microseconds per step, calls of Python by XLA in all steps that were timed, and how far its result
+    is from that of the same weights on one GPU.
+    """
 
     M: int
     devices: int
@@ -64,6 +66,7 @@ class Row:
     weights: str
     us: float
     spread: list[float]
+    handler_calls: int | None
     error: float
 
 
@@ -106,7 +109,9 @@ def placed(layers: list[Weights], mesh: Any, parallel: str) -> list[Weights]:
     return [{name: place(name, w) for name, w in each.items()} for each in layers]
 
 
-def measure(M: int, both: dict[str, list[Weights]], counts: Sequence[int]) -> list[Row]:
+def measure(
+    M: int, both: dict[str, list[Weights]], counts: Sequence[int], compiler_options: dict[str, Any] | None = None
+) -> list[Row]:
     """All programs for M rows; RuntimeError where a result is wrong."""
     x = jax.random.normal(jax.random.key(M), (M, HIDDEN), jnp.bfloat16)
     rows: list[Row] = []
@@ -116,7 +121,10 @@ def measure(M: int, both: dict[str, list[Weights]], counts: Sequence[int]) -> li
         for parallel in (TENSOR, BATCH) if count > 1 else (TENSOR,):
             spec = (_AXIS, None) if parallel == BATCH else ()
             placed_x = jax.device_put(x, sharding.NamedSharding(mesh, sharding.PartitionSpec(*spec)))
-            programs = {name: Program(forward, placed_x, placed(both[name], mesh, parallel)) for name in (OURS, DENSE)}
+            programs = {
+                name: Program(forward, placed_x, placed(both[name], mesh, parallel), compiler_options)
+                for name in (OURS, DENSE)
+            }
             for name, times in sampled(programs).items():
                 result = numpy.asarray(programs[name].result).astype(numpy.float64)
                 first = expected.setdefault(name, result)
@@ -124,7 +132,8 @@ def measure(M: int, both: dict[str, list[Weights]], counts: Sequence[int]) -> li
                 if not error < _TOLERANCE:
                     raise RuntimeError(f"{parallel}, {name}, {count} GPUs, M={M}: {error:.3g} from the result on one.")
                 us, *spread = times
-                rows.append(Row(M, count, parallel if count > 1 else "one GPU", name, us, spread, error))
+                calls = programs[name].calls if name == OURS else None
+                rows.append(Row(M, count, parallel if count > 1 else "one GPU", name, us, spread, calls, error))
             del programs
     return rows
 
@@ -132,7 +141,7 @@ def measure(M: int, both: dict[str, list[Weights]], counts: Sequence[int]) -> li
 def show(rows: Sequence[Row], console: Console) -> None:
     """A table."""
     table = Table(title="microseconds per step of all decoder layers' linear layers", box=box.SIMPLE_HEAD)
-    for heading in ("M", "GPUs", "", "ours", "of one GPU", "bfloat16", "of one GPU", "error"):
+    for heading in ("M", "GPUs", "", "ours", "of one GPU", "bfloat16", "of one GPU", "Python calls", "error"):
         table.add_column(heading, justify="left" if heading == "" else "right")
     find = {(row.M, row.devices, row.parallel, row.weights): row for row in rows}
     for (M, count, parallel, name), ours in find.items():
@@ -141,7 +150,7 @@ def show(rows: Sequence[Row], console: Console) -> None:
             one, one_dense = find[M, 1, "one GPU", OURS], find[M, 1, "one GPU", DENSE]
             table.add_row(
                 *(str(M), str(count), parallel, f"{ours.us:.0f}", f"{one.us / ours.us:.2f}x"),
-                *(f"{dense.us:.0f}", f"{one_dense.us / dense.us:.2f}x", f"{ours.error:.1e}"),
+                *(f"{dense.us:.0f}", f"{one_dense.us / dense.us:.2f}x", str(ours.handler_calls), f"{ours.error:.1e}"),
             )
     console.print(table)
 
@@ -151,20 +160,32 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m marlin_cupy.bench.jax_scaling", description=__doc__)
     parser.add_argument("--output", type=Path, help="JSON file")
     parser.add_argument("--layers", type=int, default=LAYERS)
+    parser.add_argument(
+        "--compiler-option", action="append", default=[], metavar="NAME=VALUE", help="of XLA, for all programs"
+    )
     parser.add_argument("--m", type=int, action="append", help=f"rows of x, repeatable; {M_VALUES} if not given")
     options = parser.parse_args(arguments)
     if gpu_count() == 0 or jax.default_backend() != "gpu":
         print(no_gpu("The benchmark") if gpu_count() == 0 else "The benchmark needs JAX with CUDA, jax[cuda13].")
         return 1
     counts = [count for count in (1, 2, 4, 8) if count <= len(jax.devices())]
+    chosen = {name: int(value) for name, value in (each.split("=") for each in options.compiler_option)}
     both = weights(options.layers)
     rows: list[Row] = []
     for M in options.m or M_VALUES:
-        rows += measure(M, both, counts)
+        rows += measure(M, both, counts, chosen)
     show(rows, Console(width=report.WIDTH, highlight=False))
     if options.output is not None:
         shapes = {name: shape for name, (shape, _) in MATRICES.items()}
-        header = report.header(layers=options.layers, shapes=shapes, format="int4", group_size=128)
+        flags = os.environ.get("XLA_FLAGS", "")
+        header = report.header(
+            layers=options.layers,
+            shapes=shapes,
+            format="int4",
+            group_size=128,
+            compiler_options=chosen,
+            xla_flags=flags,
+        )
         report.write_json(options.output, {"header": header, "rows": [asdict(each) for each in rows]})
     return 0
 

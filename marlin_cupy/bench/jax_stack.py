@@ -138,9 +138,9 @@ def handler_calls() -> int:
 class Program:
     """A compiled program that is called again and again."""
 
-    def __init__(self, function: Any, x: Any, operand: Any) -> None:
+    def __init__(self, function: Any, x: Any, operand: Any, compiler_options: dict[str, Any] | None = None) -> None:
         start = time.perf_counter()
-        self._run = jax.jit(function).lower(x, operand).compile()
+        self._run = jax.jit(function).lower(x, operand).compile(compiler_options)
         self.compile_s = time.perf_counter() - start
         self._operand, self._x = operand, x
         self.result = self._run(x, operand)

@@ -8,6 +8,7 @@ calls can be recorded into command buffers (CUDA graphs). From then on it calls 
 from __future__ import annotations
 
 import ctypes
+import functools
 import struct
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
@@ -19,12 +20,12 @@ _pycapsule: Any = jax.ffi.pycapsule
 _METADATA_EXTENSION = 1
 _COMMAND_BUFFER_COMPATIBLE = 1
 _INTERNAL = 13  # absl::StatusCode::kInternal
-# XLA_FFI_CallFrame
-_EXTENSION, _API, _CONTEXT, _ARGS, _RESULTS, _ATTRIBUTES = 8, 16, 24, 40, 80, 120
-# XLA_FFI_Args, XLA_FFI_Rets: their number, an array of pointers to buffers; XLA_FFI_Buffer: its memory
-_COUNT, _POINTERS, _DATA = 16, 32, 24
-# XLA_FFI_Attrs: an array of pointers to values; of a string that is a pointer and a length
-_VALUES = 40
+#: XLA_FFI_CallFrame, of 8-byte words; and which of them are what.
+_FRAME = struct.Struct("=21Q")
+_EXTENSION, _API, _CONTEXT = 1, 2, 3
+_ARGUMENTS, _RESULTS = (7, 9), (12, 14)  # their number, an array of pointers to buffers
+_ATTRIBUTES = 20  # an array of pointers to values; of a string that is a pointer and a length
+_DATA = 24  # XLA_FFI_Buffer: its memory
 # XLA_FFI_Extension_Base: type; XLA_FFI_Metadata_Extension: the metadata, in which version and traits are
 _TYPE, _METADATA, _VERSION, _TRAITS = 8, 24, 24, 32
 # XLA_FFI_Api: its version (size, extension, major, minor), then pointers to functions
@@ -55,14 +56,16 @@ class Call(NamedTuple):
 def register(name: str, handle: Callable[[Call], None], platform: str = "CUDA") -> None:
     """Make ``handle`` the target ``name`` of ``jax.ffi.ffi_call``; what it raises becomes XLA's error."""
 
-    def enter(frame: int) -> int | None:
-        api = _word(frame + _API)
-        extension = _word(frame + _EXTENSION)
-        if extension and _int(extension + _TYPE) == _METADATA_EXTENSION:
+    on_gpu = platform == "CUDA"
+
+    def enter(address: int) -> int | None:
+        frame = _FRAME.unpack(ctypes.string_at(address, _FRAME.size))
+        api, extension = frame[_API], frame[_EXTENSION]
+        if extension and ctypes.c_int32.from_address(extension + _TYPE).value == _METADATA_EXTENSION:
             _describe(_word(extension + _METADATA), api)
             return None
         try:
-            handle(_call(frame, api, platform))
+            handle(_call(frame, on_gpu))
         except BaseException as error:  # nothing may leave through C
             return _error(api, str(error) or type(error).__name__)
         return None
@@ -72,30 +75,32 @@ def register(name: str, handle: Callable[[Call], None], platform: str = "CUDA") 
     jax.ffi.register_ffi_target(name, _pycapsule(function), platform=platform, api_version=1)
 
 
-def _call(frame: int, api: int, platform: str) -> Call:
-    context = _word(frame + _CONTEXT)
-    values = _word(frame + _ATTRIBUTES + _VALUES)
-    text = _word(values)
-    on_gpu = platform == "CUDA"
+def _call(frame: tuple[int, ...], on_gpu: bool) -> Call:
+    api, context = frame[_API], frame[_CONTEXT]
+    text, length = _words(_word(frame[_ATTRIBUTES]), 2)
     return Call(
-        ctypes.string_at(_word(text), _word(text + 8)),
-        _addresses(frame + _ARGS),
-        _addresses(frame + _RESULTS),
-        _ask(api + _STREAM_GET, context) if on_gpu else 0,
-        _ask(api + _DEVICE_GET, context) & 0xFFFFFFFF if on_gpu else 0,
+        ctypes.string_at(text, length),
+        _addresses(frame, *_ARGUMENTS),
+        _addresses(frame, *_RESULTS),
+        _ask(_function(api + _STREAM_GET), context) if on_gpu else 0,
+        _ask(_function(api + _DEVICE_GET), context) & 0xFFFFFFFF if on_gpu else 0,
     )
 
 
-def _addresses(buffers: int) -> list[int]:
-    count, pointers = _word(buffers + _COUNT), _word(buffers + _POINTERS)
-    return [_word(_word(pointers + 8 * index) + _DATA) for index in range(count)]
+def _addresses(frame: tuple[int, ...], count: int, pointers: int) -> list[int]:
+    return [_word(buffer + _DATA) for buffer in _words(frame[pointers], frame[count])]
 
 
-def _ask(function: int, context: int) -> int:
+@functools.cache
+def _function(address: int) -> Any:
+    """The function of the API whose pointer is there."""
+    return _Function(_word(address))
+
+
+def _ask(function: Any, context: int) -> int:
     """What a function of the API answers for a context: arguments are (size, extension, context, answer)."""
     arguments = (ctypes.c_uint64 * 4)(32, 0, context, 0)
-    error = _Function(_word(function))(ctypes.addressof(arguments))
-    if error:
+    if function(ctypes.addressof(arguments)):
         raise RuntimeError("XLA does not tell the stream or the device of a call.")
     return int(arguments[3])
 
@@ -104,7 +109,7 @@ def _error(api: int, message: str) -> int | None:
     """An XLA_FFI_Error: arguments are (size, extension, message, code)."""
     text = ctypes.create_string_buffer(message.encode())
     arguments = (ctypes.c_uint64 * 4)(32, 0, ctypes.addressof(text), _INTERNAL)
-    created: int | None = _Function(_word(api + _ERROR_CREATE))(ctypes.addressof(arguments))
+    created: int | None = _function(api + _ERROR_CREATE)(ctypes.addressof(arguments))
     return created
 
 
@@ -118,5 +123,5 @@ def _word(address: int) -> int:
     return ctypes.c_uint64.from_address(address).value
 
 
-def _int(address: int) -> int:
-    return ctypes.c_int32.from_address(address).value
+def _words(address: int, count: int) -> tuple[int, ...]:
+    return struct.unpack(f"={count}Q", ctypes.string_at(address, 8 * count))
