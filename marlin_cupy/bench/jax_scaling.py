@@ -48,7 +48,7 @@ MATRICES = {
     "up": ((HIDDEN, INNER), _COLUMNS),
     "down": ((INNER, HIDDEN), _ROWS),
 }
-TENSOR, BATCH = "tensor parallel", "batch parallel"
+TENSOR, BATCH, ONE = "tensor", "batch", "none"
 _GAIN = 0.3
 #: Between a program on several GPUs and on one, which add up in other orders.
 _TOLERANCE = 0.05
@@ -130,10 +130,12 @@ def measure(
                 first = expected.setdefault(name, result)
                 error = float(numpy.linalg.norm(result - first) / numpy.linalg.norm(first))
                 if not error < _TOLERANCE:
-                    raise RuntimeError(f"{parallel}, {name}, {count} GPUs, M={M}: {error:.3g} from the result on one.")
+                    raise RuntimeError(
+                        f"{parallel} parallel, {name}, {count} GPUs, M={M}: {error:.3g} from the result on one."
+                    )
                 us, *spread = times
                 calls = programs[name].calls if name == OURS else None
-                rows.append(Row(M, count, parallel if count > 1 else "one GPU", name, us, spread, calls, error))
+                rows.append(Row(M, count, parallel if count > 1 else ONE, name, us, spread, calls, error))
             del programs
     return rows
 
@@ -141,13 +143,13 @@ def measure(
 def show(rows: Sequence[Row], console: Console) -> None:
     """A table."""
     table = Table(title="microseconds per step of all decoder layers' linear layers", box=box.SIMPLE_HEAD)
-    for heading in ("M", "GPUs", "", "ours", "of one GPU", "bfloat16", "of one GPU", "Python calls", "error"):
-        table.add_column(heading, justify="left" if heading == "" else "right")
+    for heading in ("M", "GPUs", "parallel", "ours", "of one GPU", "bfloat16", "of one GPU", "Python calls", "error"):
+        table.add_column(heading, justify="left" if heading == "parallel" else "right")
     find = {(row.M, row.devices, row.parallel, row.weights): row for row in rows}
     for (M, count, parallel, name), ours in find.items():
         if name == OURS:
             dense = find[M, count, parallel, DENSE]
-            one, one_dense = find[M, 1, "one GPU", OURS], find[M, 1, "one GPU", DENSE]
+            one, one_dense = find[M, 1, ONE, OURS], find[M, 1, ONE, DENSE]
             table.add_row(
                 *(str(M), str(count), parallel, f"{ours.us:.0f}", f"{one.us / ours.us:.2f}x"),
                 *(f"{dense.us:.0f}", f"{one_dense.us / dense.us:.2f}x", str(ours.handler_calls), f"{ours.error:.1e}"),
@@ -177,15 +179,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     show(rows, Console(width=report.WIDTH, highlight=False))
     if options.output is not None:
         shapes = {name: shape for name, (shape, _) in MATRICES.items()}
-        flags = os.environ.get("XLA_FLAGS", "")
-        header = report.header(
-            layers=options.layers,
-            shapes=shapes,
-            format="int4",
-            group_size=128,
-            compiler_options=chosen,
-            xla_flags=flags,
-        )
+        header = report.header(layers=options.layers, shapes=shapes, format="int4", group_size=128)
+        header |= {"compiler_options": chosen, "xla_flags": os.environ.get("XLA_FLAGS", "")}
         report.write_json(options.output, {"header": header, "rows": [asdict(each) for each in rows]})
     return 0
 
