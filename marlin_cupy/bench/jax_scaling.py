@@ -5,8 +5,11 @@ q, gate and up are split by outputs (column parallel), o and down by inputs (row
 devices remain per layer, which XLA adds to the program when it sees how the weights lie. Batch parallel: every GPU has
 all weights and its part of the rows::
 
+    export XLA_FLAGS="--xla_gpu_graph_min_graph_size=1 --xla_gpu_enable_command_buffer=+COLLECTIVES"
     python -m marlin_cupy.bench.jax_scaling --output jax_scaling.json      # 1, 2, 4, ... of the GPUs there are
 
+Without these flags XLA records no runs of fewer than five kernels, so that between the sums of tensor parallelism it
+launches every product through Python.
 A step is one call of the program whose result is the next one's argument; its time is that of many in a row.
 """
 
@@ -130,9 +133,8 @@ def measure(
                 first = expected.setdefault(name, result)
                 error = float(numpy.linalg.norm(result - first) / numpy.linalg.norm(first))
                 if not error < _TOLERANCE:
-                    raise RuntimeError(
-                        f"{parallel} parallel, {name}, {count} GPUs, M={M}: {error:.3g} from the result on one."
-                    )
+                    what = f"{name}, {parallel} parallel, {count} GPUs, M={M}"
+                    raise RuntimeError(f"{what}: the result is {error:.3g} from that of one GPU.")
                 us, *spread = times
                 calls = programs[name].calls if name == OURS else None
                 rows.append(Row(M, count, parallel if count > 1 else ONE, name, us, spread, calls, error))

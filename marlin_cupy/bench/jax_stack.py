@@ -167,10 +167,13 @@ class Program:
 def sampled(programs: dict[Any, Program]) -> dict[Any, list[float]]:
     """Per program the median, the least and the largest time of a step, taken in turns after one that warms up."""
     samples: dict[Any, list[float]] = {key: [] for key in programs}
-    for index in range(_SAMPLES + 1):
+    for each in programs.values():
+        each.sample()
+        each.calls = 0
+    for index in range(_SAMPLES):
         for key in reversed(programs) if index % 2 else programs:
             samples[key].append(programs[key].sample())
-    return {key: [statistics.median(times[1:]), min(times[1:]), max(times[1:])] for key, times in samples.items()}
+    return {key: [statistics.median(times), min(times), max(times)] for key, times in samples.items()}
 
 
 def measure(M: int, both: dict[str, list[Weights]], stacks: dict[str, Weights]) -> list[Row]:
