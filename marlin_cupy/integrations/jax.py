@@ -10,8 +10,11 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from marlin_cupy import frameworks
 from marlin_cupy.layout import SLAB_N
 from marlin_cupy.tensor import QuantizedTensor
+
+frameworks.meet(QuantizedTensor)  # weights that were made before JAX was imported are trees too
 
 
 def stack(ws: Sequence[QuantizedTensor]) -> QuantizedTensor:
