@@ -11,11 +11,11 @@ constexpr int BLOCK_BYTES = 512;  // 16 outputs x one 16-byte load per lane
 // so that a loop on the device can count. The kernel ahead may have written it: such a launch is never a dependent one.
 struct Stack {
     const int* layer;
-    int layers;  // numbers beyond count as the nearest
+    int layers;  // numbers below 0 count from the end, those beyond as the nearest
 
     __device__ i64 number() const {
         if (!STACKED) return 0;
-        const int found = *layer;
+        const int given = *layer, found = given < 0 ? given + layers : given;
         return found < 0 ? 0 : found < layers ? found : layers - 1;
     }
 };

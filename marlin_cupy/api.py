@@ -69,6 +69,7 @@ def matmul(
         raise ValueError(f"x is {dtype}; use {' or '.join(HALF_DTYPES)}, for instance x.astype({HALF_DTYPES[0]!r}).")
     K, N = w.shape
     if len(x.shape) == 0 or x.shape[-1] != K:
+        w.whole.of_part(tuple(w.packed.shape))  # says what is wrong with a share
         raise ValueError(f"x has shape {tuple(x.shape)} and the weight (K={K}, N={N}); x must be (..., {K}).")
     if framework.follows(x, w.packed, bias):
         return _followed(framework, x, w, bias, out, batch_invariant, dependent)

@@ -100,7 +100,7 @@ class QuantizedTensor:
             self.range_factors = framework.from_native(self._factors)
             self._place_factors()
             self.writes.mark()
-        framework.meet(QuantizedTensor)
+        frameworks.meet(QuantizedTensor)
 
     def _describe(self, spec: Spec, packed: Array, range_factors: Array | None, layer: Array | None = None) -> None:
         """What is known of any ``packed``, also of one that holds no values yet."""
@@ -374,9 +374,11 @@ class QuantizedTensor:
             with _on(self.device):
                 self._factors[...] = self.layout.range_factors(self._native)
 
-    def __reduce__(self) -> tuple[type[QuantizedTensor], tuple[Spec, Array]]:
-        # Copies and pickles are made by the constructor: an address and loaded kernels do not travel.
-        return QuantizedTensor, (self.spec, self.packed)
+    def __reduce__(self) -> tuple[Callable[..., QuantizedTensor], tuple[Any, ...]]:
+        # Copies and pickles are made anew: an address and loaded kernels do not travel.
+        if "_native" in self.__dict__:
+            return QuantizedTensor, (self.spec, self.packed)
+        return _copied, (self.whole, self.parts)
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write a safetensors file with one uint8 tensor "packed" and the description as metadata.
@@ -525,6 +527,12 @@ def load(path: str | os.PathLike[str], device: str | Device = "cpu") -> Quantize
     spec = Spec.of_fields(found, path)
     check_packed(found, spec, packed, path)
     return QuantizedTensor(spec, packed).to(Device.parse(device))
+
+
+def _copied(whole: Spec, parts: tuple[Array, Array | None, Array | None]) -> QuantizedTensor:
+    """A copy of what :meth:`QuantizedTensor.of_parts` put together: a stack, or traced, or spread over devices."""
+    frameworks.meet(QuantizedTensor)
+    return QuantizedTensor.of_parts(whole, parts)
 
 
 def _encode(weight: Any, spec: Spec, search: str, packed: Any) -> None:

@@ -17,8 +17,9 @@ import pytest
 from marlin_cupy.device import gpu, gpu_count
 from marlin_cupy.jit.cache import BUNDLE_VARIABLE, CACHE_VARIABLE
 
-# Before JAX is imported: it must leave GPU memory to the other libraries.
+# Before JAX is imported: it must leave GPU memory to the other libraries, and have several devices on the CPU.
 os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
+os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=4"
 
 hypothesis.settings.register_profile("suite", derandomize=True, database=None, deadline=None, max_examples=60)
 hypothesis.settings.load_profile("suite")

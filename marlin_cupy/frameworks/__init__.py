@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import sys
 from typing import Any
 
 from marlin_cupy.errors import MissingDependencyError
@@ -60,6 +61,13 @@ def by_name(name: str) -> Framework:
         ) from error
 
 
+def meet(kind: type) -> None:
+    """Show a class whose objects hold arrays to the libraries that the user has imported; see Framework.meet."""
+    for name in NAMES:
+        if sys.modules.get(name) is not None:
+            _load(name).meet(kind)
+
+
 def _find(kind: type) -> str | None:
     """The module here for a type: its own library's or, for a subclass, that of a base."""
     for base in kind.__mro__:
@@ -74,4 +82,4 @@ def _load(name: str) -> Framework:
     return framework
 
 
-__all__ = ["NAMES", "Framework", "StreamFramework", "by_name", "of", "resolve"]
+__all__ = ["NAMES", "Framework", "StreamFramework", "by_name", "meet", "of", "resolve"]

@@ -20,7 +20,7 @@ class Framework(ABC):
     takes_apart: ClassVar[bool] = False
 
     def meet(self, kind: type) -> None:
-        """The first object of a class with ``whole``, ``parts`` and ``of_parts`` holds arrays of this library."""
+        """Objects of a class with ``whole``, ``parts`` and ``of_parts`` hold arrays; called again and again."""
         return None
 
     @abstractmethod

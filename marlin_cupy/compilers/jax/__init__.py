@@ -52,13 +52,14 @@ def matmul(x: Array, w: QuantizedTensor, bias: Array | None, batch_invariant: bo
 
 
 def _checked_layer(layer: Any, layers: int) -> Array:
-    """int32; a traced number beyond the stack counts as the nearest, as elsewhere in JAX."""
+    """int32; as in JAX, a traced number counts from the end where it is negative, and beyond that as the nearest."""
     if getattr(layer, "shape", ()) != () or not jnp.issubdtype(jnp.result_type(layer), jnp.integer):
         raise TypeError(f"a stack of weights was indexed with {layer!r}; use an integer.")
     if not isinstance(layer, jax.core.Tracer):
+        layer = int(layer)
         if not -layers <= layer < layers:
             raise IndexError(f"weight {layer} was asked for, of a stack of {layers}.")
-        layer = layer % layers
+        layer %= layers
     return jnp.asarray(layer, jnp.int32)
 
 
