@@ -3,12 +3,12 @@
     pip install "marlin_cupy[jax]" torch          # and the CUDA extras of both, and marlin_cupy[cuda13], for a GPU
     python examples/four_libraries.py             # on a GPU where JAX has one, else on the CPU
 
-Each library gets the weight from the one ahead of it. Expect one address wherever memory is on the same device. On a GPU
-the last step, to NumPy, is the copy that it has to be; without one the step to CuPy, which has no memory on a host, is
-left out. Every library's answer has to be within 1e-3 of float64 (one rounding to float16 is 4.9e-4 at most), and
-whether its bits are those of the library ahead is printed: CuPy and PyTorch launch the same kernel, and PyTorch and NumPy
-share the one of the host, so those have to be; JAX compiles a product of its own on the CPU. The exit code is 1 where
-something is wrong. On two CPU cores it takes about 4 seconds.
+Each library gets the weight from the one ahead of it. Expect one address wherever memory is on the same device. On a
+GPU the last step, to NumPy, is the copy that it has to be; without one the step to CuPy, which has no memory on a host,
+is left out. Every library's answer has to be within 1e-3 of float64 (one rounding to float16 is 4.9e-4 at most), and
+whether its bits are those of the library ahead is printed. CuPy and PyTorch launch the same kernel, and PyTorch and
+NumPy share the one of the host, so those have to be; JAX compiles a product of its own on the CPU. The exit code is 1
+where something is wrong. On two CPU cores it takes about 4 seconds.
 """
 
 from __future__ import annotations

@@ -5,10 +5,10 @@
     python examples/jax_linear.py --devices 4       # four devices out of one CPU
 
 A block of a transformer's linear layers, 1024 wide, with random weights, four of them in a stack. Expect the result of
-one to be about 0.08 from that of float16 (what round to nearest in 4 bits costs here), and everything
-after it to agree with the eager call but for roundings: below 5e-3, in gradients 2e-2, where float16 is summed in another
-order. Spread over devices the program gathers nothing and adds up once. Every result is checked: the exit code is 1 where
-one is wrong. On two CPU cores it takes about 8 seconds.
+one to be about 0.08 from that of float16 (what round to nearest in 4 bits costs here), and everything after it to agree
+with the eager call but for roundings: below 5e-3, in gradients 2e-2, where float16 is summed in another order. Spread
+over devices the program gathers nothing and adds up once. Every result is checked: the exit code is 1 where one is
+wrong. On two CPU cores it takes about 8 seconds.
 """
 
 from __future__ import annotations
