@@ -136,17 +136,7 @@ def quantize_model_(
     if isinstance(model, nnx.Linear):
         raise ValueError("model is itself an nnx.Linear; use Linear.from_linear.")
     wanted = matches(filter)
-    places: dict[int, list[_Place]] = {}  # by the id of a layer
-    layers: list[nnx.Linear] = []
-    owners: dict[int, set[int]] = {}  # of a variable, by ids
-    for place, child in _children(model, "", set()):
-        if isinstance(child, nnx.Variable):
-            owners.setdefault(id(child), set()).add(id(place.owner))
-        elif isinstance(child, nnx.Linear):
-            if id(child) not in places:
-                layers.append(child)
-            places.setdefault(id(child), []).append(place)
-
+    layers, places, owners = _found(model)
     kept: dict[str, str] = {}
     chosen: list[nnx.Linear] = []
     for layer in layers:
@@ -184,6 +174,21 @@ def quantize_model_(
                 replaced[place.name] = new.spec
             del layer  # its memory is to be free before the next one is quantized
     return Report(replaced, kept, before, after)
+
+
+def _found(model: nnx.Module) -> tuple[list[nnx.Linear], dict[int, list[_Place]], dict[int, set[int]]]:
+    """The nnx.Linear layers; by the id of each where it is; by the id of each variable the ids of its modules."""
+    layers: list[nnx.Linear] = []
+    places: dict[int, list[_Place]] = {}
+    owners: dict[int, set[int]] = {}
+    for place, child in _children(model, "", set()):
+        if isinstance(child, nnx.Variable):
+            owners.setdefault(id(child), set()).add(id(place.owner))
+        elif isinstance(child, nnx.Linear):
+            if id(child) not in places:
+                layers.append(child)
+            places.setdefault(id(child), []).append(place)
+    return layers, places, owners
 
 
 def _children(node: Any, name: str, seen: set[int]) -> Iterator[tuple[_Place, Any]]:
