@@ -26,8 +26,13 @@ hypothesis.settings.load_profile("suite")
 
 _CACHE = pytest.StashKey[str]()
 
-#: What is about PyTorch, where there is none: the test extra comes without it.
-collect_ignore = [] if importlib.util.find_spec("torch") else ["test_torch.py", "test_gpu_torch_compile.py"]
+#: What is about libraries that are not there: the test extra comes without PyTorch.
+_ABOUT = {
+    "torch": ["test_torch.py", "test_gpu_torch_compile.py"],
+    "flax": ["test_flax.py"],
+    "equinox": ["test_equinox.py"],
+}
+collect_ignore = [file for name, files in _ABOUT.items() if not importlib.util.find_spec(name) for file in files]
 
 
 def pytest_configure(config: pytest.Config) -> None:

@@ -114,7 +114,7 @@ def test_formats_and_layout_know_no_array_library() -> None:
 def test_only_the_framework_rooms_import_torch_or_jax(path: Path) -> None:
     if room_of(path) not in FRAMEWORK_ROOMS:
         libraries = {name.partition(".")[0] for _, name in imports_of(path)}
-        assert not libraries & {"torch", "jax", "jaxlib"}
+        assert not libraries & {"torch", "jax", "jaxlib", "flax", "equinox"}
 
 
 @every_module

@@ -72,8 +72,9 @@ def partition_specs(w: QuantizedTensor, mesh: Mesh, spec: PartitionSpec) -> Quan
 def shard(w: QuantizedTensor, mesh: Mesh, spec: PartitionSpec) -> QuantizedTensor:
     """``w`` spread over the devices of ``mesh``, each of which gets a share that is a weight by itself.
 
-    Inside jax.jit products with it are computed where the shares are. Arguments and errors are those of
-    :func:`partition_specs`. Where the mesh has devices of other processes, each of these has to call it with the same.
+    Inside jax.jit products with it are computed where the shares are. Where the mesh has devices of several processes,
+    each passes the whole weight and keeps the shares of its devices. Arguments and errors are those of
+    :func:`partition_specs`.
     """
     specs = partition_specs(w, mesh, spec)
     in_jax = w if isinstance(w.packed, jax.Array) else w.to("jax")

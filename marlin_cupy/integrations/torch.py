@@ -7,11 +7,9 @@ load_quantized_(other, "model.safetensors")        # a model of the same archite
 
 from __future__ import annotations
 
-import fnmatch
 import json
 import os
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -23,12 +21,10 @@ from marlin_cupy.compilers.torch import multiply
 from marlin_cupy.device import import_cupy
 from marlin_cupy.errors import FileFormatError
 from marlin_cupy.files import METADATA_KEY, check_packed, described, whole_file
+from marlin_cupy.integrations.replacing import Filter, Report, matches
 from marlin_cupy.progress import bar
 from marlin_cupy.spec import Spec
 from marlin_cupy.tensor import QuantizedTensor, quantize
-
-#: Which layers to quantize: a function of name and layer, or patterns of names as of a shell ("*.mlp.*").
-Filter = Callable[[str, torch.nn.Linear], bool] | str | Iterable[str]
 
 _STATE = "_extra_state"  # PyTorch's name for what get_extra_state returns
 L = TypeVar("L", bound="Linear")
@@ -276,32 +272,6 @@ def _name_of(device: torch.device) -> str:
 # ---- models
 
 
-@dataclass(frozen=True)
-class Report:
-    """What :func:`quantize_model_` did.
-
-    Attributes:
-        replaced: names of the layers that were quantized, with what they are now. A layer in several places has
-            several names.
-        kept: names of torch.nn.Linear layers that were left, with the reason.
-        bytes_before, bytes_after: of the weights that were quantized.
-    """
-
-    replaced: dict[str, Spec]
-    kept: dict[str, str]
-    bytes_before: int
-    bytes_after: int
-
-    def __str__(self) -> str:
-        sizes = f"{self.bytes_before / 1e6:.1f} MB are now {self.bytes_after / 1e6:.1f} MB"
-        return "\n".join(
-            [
-                f"{len(self.replaced)} layers quantized: {sizes}",
-                *(f"kept {name}: {reason}" for name, reason in self.kept.items()),
-            ]
-        )
-
-
 def quantize_model_(
     model: torch.nn.Module,
     format: str = "int4",
@@ -335,7 +305,7 @@ def quantize_model_(
         raise TypeError(f"model is a {type(model).__name__}; pass a torch.nn.Module.")
     if isinstance(model, torch.nn.Linear):
         raise ValueError("model is itself a torch.nn.Linear; use Linear.from_linear.")
-    wanted = _matches(filter)
+    wanted = matches(filter)
     names: dict[torch.nn.Linear, list[str]] = {}
     owners: dict[int, set[type]] = {}  # of a parameter, by its id
     for name, module in model.named_modules(remove_duplicate=False):
@@ -384,15 +354,6 @@ def quantize_model_(
             if new.packed.is_cuda:
                 import_cupy("a GPU").get_default_memory_pool().free_all_blocks()
     return Report(replaced, kept, before, after)
-
-
-def _matches(filter: Filter | None) -> Callable[[str, torch.nn.Linear], bool]:
-    if filter is None:
-        return lambda name, layer: True
-    if callable(filter):
-        return filter
-    patterns = [filter] if isinstance(filter, str) else list(filter)
-    return lambda name, layer: any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns)
 
 
 # ---- files

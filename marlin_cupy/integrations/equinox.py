@@ -1,0 +1,174 @@
+"""Equinox: Linear over a packed weight, and models with their layers quantized.
+
+model, report = quantize_model(model, "int4", filter="*.mlp.*", dtype=jnp.bfloat16)    # every eqx.nn.Linear there
+
+No array of a packed weight is inexact, so that eqx.filter_grad and what else asks eqx.is_inexact_array see the bias
+alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+
+from marlin_cupy.integrations import jax_layers
+from marlin_cupy.integrations.replacing import Filter, Report, matches
+from marlin_cupy.progress import bar
+from marlin_cupy.spec import Spec
+from marlin_cupy.tensor import QuantizedTensor
+
+L = TypeVar("L", bound="Linear")
+
+
+class Linear(eqx.Module):
+    """y = x @ W + bias with a packed W, in place of eqx.nn.Linear. Gradients flow to x and bias.
+
+    Under jax.vmap a batch becomes rows of one product.
+
+    Args:
+        w: the weight, in JAX; :meth:`from_quantized` takes those of other libraries.
+        bias: array [N] or None.
+        dtype: float16 or bfloat16: x and bias are cast to it, and the result has it. If None, x has to be one of these,
+            and the bias is cast to what x is.
+
+    Attributes:
+        packed: uint8 (ceil(N / 64), ceil(K / 128), slab_bytes).
+        factor_bits: uint32 per output, the bits of the weight's range factors: these are no parameters.
+        bias: [N] or None.
+        spec: what ``packed`` holds.
+        dtype: as given.
+    """
+
+    packed: jax.Array
+    factor_bits: jax.Array
+    bias: jax.Array | None
+    spec: Spec = eqx.field(static=True)
+    dtype: Any = eqx.field(static=True)
+
+    def __init__(self, w: QuantizedTensor, bias: jax.Array | None = None, *, dtype: Any | None = None) -> None:
+        packed, range_factors, _ = w.parts
+        assert range_factors is not None  # of every weight in JAX
+        self.packed = packed
+        self.factor_bits = _made(lambda factors: factors.view(jnp.uint32), range_factors)
+        self.bias = bias
+        self.spec = w.whole
+        self.dtype = None if dtype is None else jnp.dtype(dtype)
+
+    @classmethod
+    def from_quantized(
+        cls: type[L], w: QuantizedTensor, bias: jax.Array | None = None, *, dtype: Any | None = None
+    ) -> L:
+        """With the weight ``w`` of any library, handed to JAX, and ``bias``, an array [N].
+
+        Raises:
+            TypeError, ValueError: not that.
+        """
+        return cls(jax_layers.given(w, bias), bias, dtype=dtype)
+
+    @classmethod
+    def from_linear(
+        cls: type[L],
+        linear: eqx.nn.Linear,
+        format: str = "int4",
+        group_size: int | None = None,
+        *,
+        scale_dtype: str | None = None,
+        search: str = "absmax",
+        dtype: Any | None = None,
+    ) -> L:
+        """``linear``, quantized by rounding to nearest; see :func:`marlin_cupy.quantize` for arguments and errors.
+
+        The bias is shared. ValueError too where ``linear`` takes or returns scalars.
+        """
+        if "scalar" in (linear.in_features, linear.out_features):
+            raise ValueError('linear takes or returns a "scalar"; a layer of vectors can be quantized.')
+        weight = _made(jnp.transpose, linear.weight)
+        w = jax_layers.quantized(weight, format, group_size, scale_dtype=scale_dtype, search=search)
+        return cls(w, linear.bias, dtype=dtype)
+
+    @property
+    def quantized(self) -> QuantizedTensor:
+        """The weight."""
+        range_factors = _made(lambda bits: bits.view(jnp.float32), self.factor_bits)
+        return QuantizedTensor.of_parts(self.spec, (self.packed, range_factors, None))
+
+    def __call__(self, x: jax.Array, *, key: Any | None = None) -> jax.Array:
+        """x: [K], or [..., K], cast to ``dtype``; returns [..., N]. ``key`` is ignored, as eqx.nn.Linear does.
+
+        ValueError: another dtype or shape.
+        """
+        y: jax.Array = jax_layers.product(x, self.quantized, self.bias, self.dtype)
+        return y
+
+
+def _made(function: Callable[[Any], Any], array: Any) -> Any:
+    """``function(array)``, a shape for a shape."""
+    return jax.eval_shape(function, array) if isinstance(array, jax.ShapeDtypeStruct) else function(array)
+
+
+def quantize_model(
+    model: Any,
+    format: str = "int4",
+    group_size: int | None = None,
+    *,
+    filter: Filter | None = None,
+    scale_dtype: str | None = None,
+    search: str = "absmax",
+    dtype: Any | None = None,
+    progress: bool = False,
+) -> tuple[Any, Report]:
+    """``model`` with its eqx.nn.Linear layers replaced by :class:`Linear`, and what became of them.
+
+    Kept are subclasses of eqx.nn.Linear and layers of scalars. What is kept is shared with ``model``.
+
+    Args:
+        model: any pytree that has such layers in it, with arrays, or with shapes as eqx.filter_eval_shape makes it:
+            what eqx.tree_deserialise_leaves then fills.
+        format, group_size, scale_dtype, search: as in :func:`marlin_cupy.quantize`.
+        filter: which layers: a function of name and layer, or a pattern of names or several ("*.mlp.*"); all if None.
+        dtype: what the layers compute in, float16 or bfloat16; if None what x is, see :class:`Linear`.
+        progress: show a progress bar on standard error.
+
+    Raises:
+        ValueError: as :func:`marlin_cupy.quantize`, with the name of the layer.
+    """
+    wanted = matches(filter)
+    leaves, tree = jax.tree_util.tree_flatten_with_path(model, is_leaf=_is_linear)
+    chosen: dict[int, str] = {}  # names by position
+    kept: dict[str, str] = {}
+    for position, (path, layer) in enumerate(leaves):
+        if _is_linear(layer):
+            name = jax.tree_util.keystr(path, simple=True, separator=".")
+            if type(layer) is not eqx.nn.Linear:
+                kept[name] = f"it is a {type(layer).__name__}, a subclass"
+            elif "scalar" in (layer.in_features, layer.out_features):
+                kept[name] = "it takes or returns a scalar"
+            elif not wanted(name, layer):
+                kept[name] = "the filter left it out"
+            else:
+                chosen[position] = name
+
+    found = [leaf for _, leaf in leaves]
+    replaced: dict[str, Spec] = {}
+    before = after = 0
+    with bar("quantizing", len(chosen), progress) as begin:
+        for position, name in chosen.items():
+            begin(name)
+            old = found[position]
+            try:
+                new = Linear.from_linear(old, format, group_size, scale_dtype=scale_dtype, search=search, dtype=dtype)
+            except ValueError as error:
+                raise type(error)(f"{name}: {error}") from error
+            before += old.weight.size * old.weight.dtype.itemsize
+            after += new.packed.size
+            replaced[name] = new.spec
+            found[position] = new
+    return jax.tree.unflatten(tree, found), Report(replaced, kept, before, after)
+
+
+def _is_linear(node: Any) -> bool:
+    return isinstance(node, eqx.nn.Linear)

@@ -1,0 +1,60 @@
+"""What layers of JAX's module libraries have in common."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from marlin_cupy import matmul
+from marlin_cupy.device import CPU, import_cupy
+from marlin_cupy.formats.scalars import FLOAT16, HALF_DTYPES
+from marlin_cupy.spec import Spec
+from marlin_cupy.tensor import QuantizedTensor, quantize
+
+Array = Any  # a JAX array, traced or not
+
+
+def quantized(
+    weight: Array, format: str, group_size: int | None, *, scale_dtype: str | None, search: str
+) -> QuantizedTensor:
+    """:func:`marlin_cupy.quantize` into JAX's own memory, which programs may be given for good (donated).
+
+    A jax.ShapeDtypeStruct becomes a weight of ShapeDtypeStructs, for models that are to be filled from a checkpoint.
+    """
+    if isinstance(weight, jax.ShapeDtypeStruct):
+        dtype = weight.dtype.name
+        spec = Spec.checked(
+            format, weight.shape, group_size, scale_dtype or (dtype if dtype in HALF_DTYPES else FLOAT16)
+        )
+        packed = jax.eval_shape(lambda: jnp.zeros(spec.layout.packed_shape, jnp.uint8))
+        return QuantizedTensor.of_parts(spec, (packed, jax.eval_shape(spec.layout.range_factors, packed), None))
+    w = quantize(weight, format, group_size, scale_dtype=scale_dtype, search=search).to("jax")
+    own: QuantizedTensor = jax.tree.map(jnp.copy, w)
+    if w.device != CPU:
+        own.packed.block_until_ready()
+        del w  # CuPy's memory, for the next layer's dense weight in JAX's
+        import_cupy("a GPU").get_default_memory_pool().free_all_blocks()
+    return own
+
+
+def given(w: QuantizedTensor, bias: Any | None) -> QuantizedTensor:
+    """``w`` in JAX, one that ``bias`` fits; TypeError or ValueError where it is none."""
+    if not isinstance(w, QuantizedTensor):
+        raise TypeError(f"w is a {type(w).__name__}; pass a QuantizedTensor, from quantize, pack or load.")
+    if bias is not None and bias.shape[-1:] != w.whole.shape[1:]:
+        raise ValueError(f"bias has shape {tuple(bias.shape)}; this weight needs {w.whole.shape[1:]}.")
+    return w if isinstance(w.packed, jax.Array | jax.ShapeDtypeStruct) else w.to("jax")
+
+
+def product(x: Array, w: QuantizedTensor, bias: Array | None, dtype: Any | None) -> Array:
+    """x @ W + bias, where x is cast to ``dtype`` if that is not None, and the bias to what x then is."""
+    x = jnp.asarray(x, dtype)
+    if x.dtype.name not in HALF_DTYPES:
+        raise ValueError(
+            f"x is {x.dtype.name}; use {' or '.join(HALF_DTYPES)}, or make the layer with dtype=jnp.bfloat16, "
+            "to which it then casts."
+        )
+    y: Array = matmul(x, w, None if bias is None else bias.astype(x.dtype))
+    return y
