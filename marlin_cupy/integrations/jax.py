@@ -72,23 +72,16 @@ def partition_specs(w: QuantizedTensor, mesh: Mesh, spec: PartitionSpec) -> Quan
 def shard(w: QuantizedTensor, mesh: Mesh, spec: PartitionSpec) -> QuantizedTensor:
     """``w`` spread over the devices of ``mesh``, each of which gets a share that is a weight by itself.
 
-    Inside jax.jit products with it are computed where the shares are. Where the mesh has devices of several processes,
-    each passes the whole weight and keeps the shares of its devices. Arguments and errors are those of
+    Inside jax.jit products with it are computed where the shares are. Arguments and errors are those of
     :func:`partition_specs`.
     """
     specs = partition_specs(w, mesh, spec)
     in_jax = w if isinstance(w.packed, jax.Array) else w.to("jax")
     parts = [
-        _spread(part, NamedSharding(mesh, of_part))
+        jax.device_put(part, NamedSharding(mesh, of_part))
         for part, of_part in zip(in_jax.parts[:2], specs.parts[:2], strict=True)
     ]
     return QuantizedTensor.of_parts(w.whole, (*parts, None))
-
-
-def _spread(part: Any, sharding: NamedSharding) -> Any:
-    if sharding.is_fully_addressable:
-        return jax.device_put(part, sharding)
-    return jax.make_array_from_callback(part.shape, sharding, lambda index: part[index])
 
 
 def _count(mesh: Mesh, axes: Any) -> int:
