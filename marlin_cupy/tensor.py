@@ -98,7 +98,7 @@ class QuantizedTensor:
             with _on(self.device):
                 self._factors = layout.range_factors(self._native)
             self.range_factors = framework.from_native(self._factors)
-            self._place_factors()
+            self._place_factors(self.range_factors)
             self.writes.mark()
         frameworks.meet(QuantizedTensor)
 
@@ -120,13 +120,16 @@ class QuantizedTensor:
     def _place(self) -> None:
         """Where it is; ValueError, TypeError or UnsupportedError for what is no array of values on one device."""
         framework = frameworks.of(self.packed)
-        if tuple(self.packed.shape) != self.layout.packed_shape:
+        packed, factors = self.packed, self.range_factors
+        if self.layer is not None:  # a copy of it: only kernels launched by a compiled program read it in place
+            packed, factors = packed[self.layer], None if factors is None else factors[self.layer]
+        if tuple(packed.shape) != self.layout.packed_shape:
             raise ValueError(
-                f"packed has shape {tuple(self.packed.shape)} and one {self.format} weight of (K, N) = {self.shape} "
+                f"packed has shape {tuple(packed.shape)} and one {self.format} weight of (K, N) = {self.shape} "
                 f"{self.layout.packed_shape}; a stack of weights is indexed, w[i], before it is used."
             )
-        self.device = framework.device(self.packed)
-        native = framework.to_native(self.packed)
+        self.device = framework.device(packed)
+        native = framework.to_native(packed)
         if not native.flags.c_contiguous:
             raise ValueError(f"packed has strides {native.strides}; it must be C-contiguous.")
         self._native = native
@@ -134,11 +137,10 @@ class QuantizedTensor:
         self.writes = writes.Writes() if self.device == CPU else writes.of_gpu(self.device.index)
         if self.device != CPU:
             self.pointer = int(native.data.ptr)
-        self._place_factors()
+        self._place_factors(factors)
         self.writes.mark()  # packed may have been filled a moment ago
 
-    def _place_factors(self) -> None:
-        factors = self.range_factors
+    def _place_factors(self, factors: Array | None) -> None:
         self._factors = None if factors is None else frameworks.of(factors).to_native(factors)
         if self.device != CPU and self._factors is not None:
             self.factors_pointer = int(self._factors.data.ptr)

@@ -118,6 +118,25 @@ def test_every_format_has_shares(name: str, place: str) -> None:
     check(jax.jit(mc.matmul)(x, w), x, whole(name), shares=SHARES.get(place, 1))
 
 
+@every_place
+def test_meshes_with_explicit_axes(place: str) -> None:
+    """As jax.make_mesh makes them: types have shardings, and that of the result follows from those of the operands."""
+    make, of_w, of_x, of_y = PLACES[place]
+    automatic = make()
+    explicit = Mesh(
+        automatic.devices, automatic.axis_names, axis_types=(jax.sharding.AxisType.Explicit,) * automatic.devices.ndim
+    )
+    w, x = whole(), activations((M, K))
+    y = jax.jit(mc.matmul)(jax.device_put(x, NamedSharding(explicit, of_x)), shard(w, explicit, of_w))
+    same = jax.jit(mc.matmul)(jax.device_put(x, NamedSharding(automatic, of_x)), shard(w, automatic, of_w))
+    np.testing.assert_array_equal(float64(y), float64(same))
+    assert y.sharding.is_equivalent_to(NamedSharding(explicit, of_y), 2)
+    dx = jax.jit(jax.grad(lambda x, w: (x @ w).astype(jnp.float32).sum()))(
+        jax.device_put(x, NamedSharding(explicit, of_x)), shard(w, explicit, of_w)
+    )
+    check_gradient(dx, jnp.ones((M, N), jnp.float16), w, shares=SHARES_OF_N.get(place, 1))
+
+
 @pytest.mark.parametrize("axes", [2, 0])
 def test_rows_of_other_numbers(axes: int) -> None:
     """More axes, and fewer rows than devices."""

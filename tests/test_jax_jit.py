@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from cases import FORMATS, HALF
+from cases import FORMATS, HALF, gaussian, rows
 from jax_arrays import K, N, activations, check, check_gradient, check_sum, float64, weight
 
 import marlin_cupy as mc
@@ -505,3 +505,12 @@ def test_stacks_are_of_equal_weights() -> None:
         stack([])
     with pytest.raises(TypeError, match="ws holds a ndarray"):
         stack([np.zeros((2, 2))])  # type: ignore[list-item]
+
+
+def test_an_indexed_stack_is_a_weight_for_all_that_is_not_compiled() -> None:
+    ws = [mc.quantize(gaussian(128, 64, seed=seed)) for seed in range(3)]
+    second, x = stack(ws)[1], rows((5, 128), seed=1, dtype="float16")
+    np.testing.assert_array_equal(np.asarray(second.dequantize("float32")), ws[1].dequantize("float32"))
+    np.testing.assert_array_equal(second.to("numpy").packed, ws[1].packed)
+    np.testing.assert_array_equal(mc.matmul(x, second), mc.matmul(x, ws[1]))
+    assert mc.explain((5, 128), "float16", second).kernel == "reference"

@@ -73,15 +73,21 @@ def shard(w: QuantizedTensor, mesh: Mesh, spec: PartitionSpec) -> QuantizedTenso
     """``w`` spread over the devices of ``mesh``, each of which gets a share that is a weight by itself.
 
     Inside jax.jit products with it are computed where the shares are. Arguments and errors are those of
-    :func:`partition_specs`.
+    :func:`partition_specs`. Where the mesh has devices of other processes, each of these has to call it with the same.
     """
     specs = partition_specs(w, mesh, spec)
     in_jax = w if isinstance(w.packed, jax.Array) else w.to("jax")
     parts = [
-        jax.device_put(part, NamedSharding(mesh, of_part))
+        _spread(part, NamedSharding(mesh, of_part))
         for part, of_part in zip(in_jax.parts[:2], specs.parts[:2], strict=True)
     ]
     return QuantizedTensor.of_parts(w.whole, (*parts, None))
+
+
+def _spread(part: Any, sharding: NamedSharding) -> Any:
+    if sharding.is_fully_addressable:
+        return jax.device_put(part, sharding)
+    return jax.make_array_from_callback(part.shape, sharding, lambda index: part[index])
 
 
 def _count(mesh: Mesh, axes: Any) -> int:

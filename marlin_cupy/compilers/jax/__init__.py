@@ -20,7 +20,7 @@ import jax.numpy as jnp
 from jax.custom_batching import custom_vmap
 
 from marlin_cupy.compilers.jax import launching
-from marlin_cupy.compilers.jax.partitioning import Multiply, partitioned, varying_alike
+from marlin_cupy.compilers.jax.partitioning import Multiply, on_automatic_axes, partitioned, varying_alike
 from marlin_cupy.device import CPU
 from marlin_cupy.errors import UnsupportedError
 from marlin_cupy.spec import Spec
@@ -74,7 +74,7 @@ def _in_jax(w: QuantizedTensor) -> QuantizedTensor:
 def _compiled(
     static: _Static, x: Array, packed: Array, factors: Array | None, layer: Array | None, bias: Array | None
 ) -> Array:
-    return _product(static, *varying_alike(x, packed, factors, layer, bias))
+    return on_automatic_axes(functools.partial(_product, static), *varying_alike(x, packed, factors, layer, bias))
 
 
 # ---- grad

@@ -26,6 +26,7 @@ from marlin_cupy.spec import Spec
 _custom_partitioning: Any = custom_partitioning.custom_partitioning
 _PartitionSpec: Any = jax.sharding.PartitionSpec
 _lax: Any = jax.lax
+_sharding: Any = jax.sharding
 
 #: (spec of the share, x, packed, factors, layer, bias) -> y, or for the gradient (.., y, ..) -> x.
 Multiply = Callable[[Spec, Any, Any, Any | None, Any | None, Any | None], Any]
@@ -51,6 +52,23 @@ def partitioned(
     given = tuple(each is not None for each in (factors, layer, bias))
     operands = [each for each in (factors, layer, bias) if each is not None]
     return _operation(multiply, spec, given, transposed)(x, packed, *operands)
+
+
+def on_automatic_axes(product: Any, x: Any, packed: Any, *others: Any) -> Any:
+    """``product(x, packed, *others)`` on a mesh that may have explicit axes, as that of jax.make_mesh.
+
+    The shardings of what is between are then left to the compiler, and that of the result is what theirs imply.
+    """
+    types: list[Any] = [jax.typeof(x), jax.typeof(packed)]
+    meshes = [kind.sharding.mesh for kind in types if getattr(kind.sharding.mesh, "explicit_axes", ())]
+    if not meshes:
+        return product(x, packed, *others)
+    *leading, _ = _axes(types[0].sharding, x.ndim)
+    axes_n, axes_k = _axes(types[1].sharding, packed.ndim)[-3:-1]
+    taken = {*_names(axes_n), *_names(axes_k)}
+    rows = [None if taken & {*_names(each)} else each for each in leading]
+    out = NamedSharding(meshes[0], _PartitionSpec(*rows, axes_n))
+    return _sharding.auto_axes(product, axes=meshes[0].explicit_axes, out_sharding=out)(x, packed, *others)
 
 
 def varying_alike(*arrays: Any) -> list[Any]:
