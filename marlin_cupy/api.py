@@ -87,6 +87,8 @@ def matmul(
             _check_strides(framework, x, bias, target)
         plan = plan_of(w, math.prod(x.shape[:-1]), dtype, batch_invariant)
         y = plan.multiply(framework, x, w, bias, target, dependent)
+    elif device == w.device:  # JAX, which gives memory of x to others unless it launches what reads it
+        y = compilers.of(framework).matmul(x, w, bias, batch_invariant, dependent)
     else:
         y = _through_cupy(framework, x, w, bias, target, batch_invariant, dependent)
     return y if out is None else out
@@ -233,7 +235,7 @@ def problem_of(w: QuantizedTensor, m: int, dtype: str, batch_invariant: bool = F
 def _through_cupy(
     framework: Framework, x: Array, w: QuantizedTensor, bias: Any, out: Any, batch_invariant: bool, dependent: bool
 ) -> Array:
-    """For libraries without a stream of their own to launch on: CuPy computes, DLPack or a copy hands over."""
+    """For x in host memory and a weight on a GPU: CuPy computes, copies hand over."""
     cupy = import_cupy("a weight on a GPU")
     with cupy.cuda.Device(w.device.index):
         arrays = [

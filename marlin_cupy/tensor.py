@@ -20,6 +20,7 @@ from marlin_cupy.device import CPU, Device, gpu, gpu_count, import_cupy, namespa
 from marlin_cupy.errors import DeviceError, FileFormatError, UnsupportedError
 from marlin_cupy.files import METADATA_KEY, check_packed, described, whole_file
 from marlin_cupy.formats.scalars import BFLOAT16, FLOAT16, FLOAT32, HALF_DTYPES, MAX, from_bits, to_bits
+from marlin_cupy.frameworks import Framework
 from marlin_cupy.layout import SLAB_K, SLAB_N, Layout
 from marlin_cupy.spec import Spec, checked_group_size, checked_scale_dtype
 
@@ -347,7 +348,7 @@ class QuantizedTensor:
         ``weight`` is checked completely before anything is written. Returns self.
         """
         frameworks.of(self.packed).refuse_writing(self.packed, "update_ writes in place, and packed")
-        native, _, largest = _checked_weight(weight, search)
+        framework, native, _, largest = _checked_weight(weight, search)
         _check_range(self.spec, largest)
         if tuple(native.shape) != self.shape:
             raise ValueError(f"weight has shape {tuple(native.shape)}; this tensor holds {self.shape}.")
@@ -357,6 +358,7 @@ class QuantizedTensor:
         with self.writes.writing():
             _encode(native, self.spec, search, self._native)
             self._refresh_factors()
+        framework.settle(native)
         return self
 
     def mark_written(self) -> None:
@@ -423,7 +425,7 @@ def quantize(
             MissingDependencyError: a GPU was asked for and CuPy is not installed.
     """
     group_size = checked_group_size(group_size, formats.get(format).default_group_size)
-    native, dtype, largest = _checked_weight(weight, search)
+    framework, native, dtype, largest = _checked_weight(weight, search)
     if scale_dtype is None:
         scale_dtype = dtype if dtype in HALF_DTYPES else FLOAT16
     spec = Spec(format, tuple(native.shape), group_size, checked_scale_dtype(scale_dtype))
@@ -434,6 +436,7 @@ def quantize(
     with _on(_device_of(native)):
         packed = xp.empty(spec.layout.packed_shape, dtype=xp.uint8)
         _encode(native, spec, search, packed)
+        framework.settle(native)
     return QuantizedTensor(spec, packed)
 
 
@@ -464,7 +467,8 @@ def pack(
         raise ValueError(f"format {format!r} {needs} zero_points.")
     if zero_points is not None:
         named[formats.ZERO_POINT] = zero_points
-    native = {name: _native(array, name) for name, array in named.items()}
+    resolved = {name: frameworks.resolve(array, name) for name, array in named.items()}
+    native = {name: framework.to_native(array) for name, (framework, array) in resolved.items()}
     devices = {name: _device_of(array) for name, array in native.items()}
     if len(set(devices.values())) != 1:
         places = ", ".join(f"{name}: {device}" for name, device in devices.items())
@@ -489,7 +493,10 @@ def pack(
             raise ValueError(f"zero_points must be integers from 0 to {definition.max_code}.")
         params[formats.ZERO_POINT] = points
     with _on(devices["codes"]):
-        return QuantizedTensor(spec, spec.layout.pack(native["codes"], params))
+        packed = spec.layout.pack(native["codes"], params)
+        for name, (framework, _) in resolved.items():
+            framework.settle(native[name])
+        return QuantizedTensor(spec, packed)
 
 
 def dequantize(w: QuantizedTensor, dtype: str | None = None) -> Array:
@@ -588,8 +595,8 @@ def _as_float32(values: Any) -> Any:
     return values.astype(xp.float32)
 
 
-def _checked_weight(weight: Array, search: str) -> tuple[Any, str, float]:
-    """The native form of a weight, its dtype and largest magnitude, or the reason why it cannot be quantized."""
+def _checked_weight(weight: Array, search: str) -> tuple[Framework, Any, str, float]:
+    """The library of a weight, its native form, dtype and largest magnitude, or why it cannot be quantized."""
     if search not in _SEARCHES:
         raise ValueError(f"search is {search!r}; use one of {', '.join(_SEARCHES)}.")
     framework, weight = frameworks.resolve(weight, "weight")
@@ -611,7 +618,7 @@ def _checked_weight(weight: Array, search: str) -> tuple[Any, str, float]:
                     "quantization needs finite weights."
                 )
             largest = max(largest, block_largest)
-    return native, dtype, largest
+    return framework, native, dtype, largest
 
 
 def _check_range(spec: Spec, largest: float) -> None:

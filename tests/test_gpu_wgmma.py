@@ -254,6 +254,7 @@ def test_every_grid_repeats_bit_for_bit(dtype: str, M: int) -> None:
         for stream in streams:
             stream.synchronize()
         wrong += sum(differences(out, expected) for mine in outs for out in mine)
+        cupy.cuda.Device().synchronize()  # before the streams, which do not wait for this one, write again
         with streams[0]:
             for out in outs[0]:
                 out.view(cupy.uint16).fill(0x7FFF)

@@ -22,6 +22,8 @@ from marlin_cupy.spec import Spec
 H200 = GPUS["sm_90a"]
 K = 4096
 STREAM, WEIGHT, FACTORS, COUNTERS, ALLOCATED = 77, 512, 256, 8000, 4096
+#: Where the number of a weight in a stack is, and how many there are.
+STACK = (1 << 42, 7)
 
 
 class Memory(StreamFramework):
@@ -87,6 +89,7 @@ class Launches:
             pointer=WEIGHT,
             factors_pointer=FACTORS,
             writes=writes.Writes(),
+            stack=STACK,
         )
 
     def of_matrix(self, pointer: int, dtype: str, shape: tuple[int, int], stride: int, box: tuple[int, int]) -> bytes:
@@ -136,12 +139,12 @@ def test_sm80_gemm_is_told_where_everything_is(monkeypatch: pytest.MonkeyPatch, 
     assert given.multiply_twice().shape == (M, N)
     for second, (kind, stream, blocks, threads, raw, _) in enumerate(given.log):
         assert (kind, stream, blocks, threads) == ("plain", STREAM, grid.blocks, config.threads)
-        assert struct.unpack("=7Q2q9i4x", raw) == (
+        assert struct.unpack("=7Q2q9i4xQi4x", raw) == (
             *(WEIGHT, FACTORS, 1024, 6 if second else 0, 4098 if second else ALLOCATED),
             *((ALLOCATED, COUNTERS + grid.tiles) if grid.is_cut else (0, 0)),
             *(K + 8 if second else K, N + 1 if second else N),
             *(M, N, K, -(-N // 64), K // SLAB_K, grid.tiles_m, grid.tiles),
-            *(True, not second and N % 4 == 0),
+            *(True, not second and N % 4 == 0, *STACK),
         )
 
 
@@ -157,10 +160,10 @@ def test_sm90_stream_is_told_where_everything_is(monkeypatch: pytest.MonkeyPatch
         assert (kind, shared) == (("plain", 0) if second else ("dependent", asked))
         assert (stream, blocks, threads) == (STREAM, clusters * config.cluster, config.threads)
         assert struct.unpack_from("=5q", raw) == (1024, M, K, M, 64)
-        assert struct.unpack_from("=3Qq7i", raw, 128) == (
+        assert struct.unpack_from("=3Qq7i4xQi", raw, 128) == (
             *(WEIGHT, 6 if second else 0, 4098 if second else ALLOCATED),
             *(N + 1 if second else N, M, N, tiles, K // SLAB_K, -(-tiles // clusters)),
-            *(not second and (N % 4 == 0 or M == 1), not second),
+            *(not second and (N % 4 == 0 or M == 1), not second, *STACK),
         )
 
 
@@ -176,12 +179,12 @@ def test_sm90_wgmma_is_told_where_everything_is(monkeypatch: pytest.MonkeyPatch,
         assert kind == ("plain" if second else "dependent")
         assert (stream, blocks, threads) == (STREAM, grid.blocks * config.cluster, config.threads)
         assert struct.unpack_from("=5q", raw) == (1024, M, K, config.tokens, 64)
-        assert struct.unpack_from("=6Qq12i", raw, 128) == (
+        assert struct.unpack_from("=6Qq12iQi", raw, 128) == (
             *(WEIGHT, FACTORS, 6 if second else 0, 4098 if second else ALLOCATED),
             *((ALLOCATED, COUNTERS + shared) if shared else (0, 0)),
             *(N + 1 if second else N, M, N, -(-N // 64)),
             *(grid.tiles_m, grid.tiles // grid.tiles_m, not second, grid.tiles),
-            *(K // SLAB_K, grid.blocks, grid.whole, *divmod(shared * K // SLAB_K, grid.blocks)),
+            *(K // SLAB_K, grid.blocks, grid.whole, *divmod(shared * K // SLAB_K, grid.blocks), *STACK),
         )
 
 
@@ -209,8 +212,8 @@ def test_x_that_the_copy_engine_cannot_read_goes_to_the_portable_kernel(
         assert given.multiply(pointer, stride).shape == (M, 4096)
         kind, *_, raw, _ = given.log.pop()
         assert kind == "plain"
-        assert struct.unpack("=7Q2q9i4x", raw)[2] == pointer
-        assert struct.unpack("=7Q2q9i4x", raw)[7:10] == (stride, 4096, M)
+        assert struct.unpack_from("=7Q2q9i", raw)[2] == pointer
+        assert struct.unpack_from("=7Q2q9i", raw)[7:10] == (stride, 4096, M)
     first, *others = given.loaded
     assert first[0].startswith(kernel.name)
     assert [other[0] for other in others] == ["sm80_gemm-int4-g128-float16"]  # when it was needed, and once

@@ -114,12 +114,12 @@ extern "C" __global__ void __cluster_dims__(Config::cluster) __launch_bounds__(T
     const int tiles = args.rounds - (first_tile + (args.rounds - 1) * clusters < args.tiles_n ? 0 : 1);
     const int x_bytes = args.M * SLAB_K * 2;  // tokens beyond M are not copied: a token's products depend on no other
     const u64 policy = policy_evict_first();
-    const u8* const weight =
-        args.weight + args.stack.number() * (args.tiles_n * Config::halves / 2) * args.slabs_k * Packed::slab_bytes;
+    const i64 first = args.stack.number() * (args.tiles_n * Config::halves / 2) * args.slabs_k * Packed::slab_bytes;
 
     auto copy_weights = [&](int slot, const Walk& at) {
         constexpr int per_slab = 2 / Config::halves;  // tiles
-        const u8* source = weight + (static_cast<i64>(at.tile / per_slab) * args.slabs_k + at.slab) * Packed::slab_bytes +
+        const u8* source = args.weight + first +
+                           (static_cast<i64>(at.tile / per_slab) * args.slabs_k + at.slab) * Packed::slab_bytes +
                            at.tile % per_slab * Packed::half_bytes;
         copy_bulk(ring + slot * Place::weight_bytes, source, Place::weight_bytes, barriers + 8 * slot, policy);
     };

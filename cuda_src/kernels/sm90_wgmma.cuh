@@ -139,7 +139,8 @@ __device__ inline void produce_weights(const Args& args, u32 shared) {
         const int count = args.slabs_n - first < Tile::slabs ? args.slabs_n - first : Tile::slabs;
         const i64 pitch = static_cast<i64>(args.schedule.steps) * Packed::slab_bytes;
         const Segment range = all.now.part(static_cast<int>(cluster_rank()), Tile::cluster);
-        const u8* source = args.weight + (args.stack.number() * args.slabs_n + first) * pitch + static_cast<i64>(range.begin) * Packed::slab_bytes;
+        const u8* source = args.weight + first * pitch + static_cast<i64>(range.begin) * Packed::slab_bytes;
+        if (STACKED) source += args.stack.number() * args.slabs_n * pitch;
 #pragma unroll 1
         for (int k = range.begin; k < range.end; ++k, source += Packed::slab_bytes) {
             const u32 full = shared + Place::full + 8 * ring.stage;
@@ -209,14 +210,14 @@ private:
     }
 
     __device__ void load_factors(int row_block) {
-        const float* const factors = args.factors + args.stack.number() * args.slabs_n * SLAB_N;
+        const i64 first = args.stack.number() * args.slabs_n * SLAB_N;
 #pragma unroll
         for (int r = 0; r < Tile::row_blocks; ++r) {
             const int block = row_block + wg_n * Tile::row_blocks + r;
 #pragma unroll
             for (int i = 0; i < 2; ++i)
                 factor[r][i] = Scaled::needs_factors && block < args.slabs_n
-                                   ? factors[SLAB_N * block + 16 * warp + lane / 4 + 8 * i]
+                                   ? (args.factors + first)[SLAB_N * block + 16 * warp + lane / 4 + 8 * i]
                                    : 1.0f;
         }
     }

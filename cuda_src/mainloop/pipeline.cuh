@@ -93,8 +93,9 @@ private:
         const int row_block = tile / args.tiles_m * S::row_blocks, token = tile % args.tiles_m * Tile::tokens;
         rows_left = args.slabs_n * S::pieces_per_slab - row_block;
         tokens_left = args.M - token;
-        weights = args.weight + (args.stack.number() * args.slabs_n + row_block / S::pieces_per_slab) * slab_row_bytes() +
+        weights = args.weight + static_cast<i64>(row_block / S::pieces_per_slab) * slab_row_bytes() +
                   row_block % S::pieces_per_slab * S::piece_bytes + static_cast<i64>(step) * S::slabs * Layout::slab_bytes;
+        if (STACKED) weights += args.stack.number() * args.slabs_n * slab_row_bytes();
         tokens = args.x + static_cast<i64>(token + static_cast<int>(threadIdx.x) / row_chunks) * args.x_stride +
                  step * Tile::k + 8 * (threadIdx.x % row_chunks);
     }

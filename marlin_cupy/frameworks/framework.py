@@ -46,6 +46,10 @@ class Framework(ABC):
     def to_native(self, array: Array) -> Native:
         """The same memory as a NumPy or CuPy array, ordered after pending work on it."""
 
+    def settle(self, native: Native) -> None:
+        """Before memory that :meth:`to_native` showed may be used again by its library: what reads it has finished."""
+        return None
+
     @abstractmethod
     def from_native(self, native: Native) -> Array:
         """A NumPy or CuPy array as an array of this library, ordered after pending work on it."""

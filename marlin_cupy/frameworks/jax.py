@@ -72,6 +72,11 @@ class JaxFramework(Framework):
             return numpy.asarray(array)
         return import_cupy("a JAX array on a GPU").from_dlpack(array)
 
+    def settle(self, native: Any) -> None:
+        """Wait for CuPy's current stream, since JAX reuses memory in the order of its own."""
+        if not isinstance(native, numpy.ndarray):
+            import_cupy("a JAX array on a GPU").cuda.get_current_stream().synchronize()
+
     def from_native(self, native: Any) -> Any:
         """A JAX array over a CuPy array's memory; a NumPy array is copied to JAX's CPU device."""
         if isinstance(native, numpy.ndarray):
