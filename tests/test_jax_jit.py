@@ -514,3 +514,17 @@ def test_an_indexed_stack_is_a_weight_for_all_that_is_not_compiled() -> None:
     np.testing.assert_array_equal(second.to("numpy").packed, ws[1].packed)
     np.testing.assert_array_equal(mc.matmul(x, second), mc.matmul(x, ws[1]))
     assert mc.explain((5, 128), "float16", second).kernel == "reference"
+
+
+def test_second_derivatives() -> None:
+    """The Hessian of a function of a product is that of the dense one."""
+    w, x = weight("int4", 64, (64, 64)), activations((64,)) * np.float16(0.1)
+    dense = jnp.asarray(np.asarray(w.dequantize("float32")))
+
+    def loss(y: jax.Array) -> jax.Array:
+        return jnp.square(jnp.tanh(y.astype(jnp.float32) / 8)).sum()
+
+    found = jax.jit(jax.jacrev(jax.grad(lambda x: loss(x @ w))))(x)
+    exact = jax.jacrev(jax.grad(lambda x: loss(x @ dense)))(x.astype(jnp.float32))
+    # y, both cotangents and both gradients are rounded to float16, once each
+    assert np.linalg.norm(float64(found) - float64(exact)) <= 5 * 2.0**-11 * np.linalg.norm(float64(exact))

@@ -20,7 +20,7 @@ import jax.numpy as jnp
 from jax.custom_batching import custom_vmap
 
 from marlin_cupy.compilers.jax import launching
-from marlin_cupy.compilers.jax.partitioning import Multiply, on_automatic_axes, partitioned, varying_alike
+from marlin_cupy.compilers.jax.partitioning import Multiply, manual_axes, on_automatic_axes, partitioned, varying_alike
 from marlin_cupy.device import CPU
 from marlin_cupy.errors import UnsupportedError
 from marlin_cupy.spec import Spec
@@ -77,7 +77,7 @@ def _compiled(
     return on_automatic_axes(functools.partial(_product, static), *varying_alike(x, packed, factors, layer, bias))
 
 
-# ---- grad
+# ---- grad: each of the two is the derivative of the other
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -89,27 +89,54 @@ def _product(
 
 def _forward(static: _Static, x: Any, packed: Any, factors: Any, layer: Any, bias: Any) -> tuple[Array, Any]:
     """The product, and what the gradient needs: the weight."""
-    if packed.perturbed or (factors is not None and factors.perturbed):
+    weight = _constants(packed, factors, layer)
+    # Itself, which has derivatives again; but JAX has no nested ones with symbolic zeros inside jax.shard_map.
+    product = _folded(static) if manual_axes() else functools.partial(_product, static)
+    return product(x.value, *weight, None if bias is None else bias.value), (*weight, bias is not None)
+
+
+def _backward(static: _Static, kept: Any, dy: Any) -> tuple[Any, ...]:
+    *weight, has_bias = kept
+    dy = _array(dy)
+    rows = tuple(range(dy.ndim - 1))
+    dbias = dy.sum(rows, dtype=jnp.float32).astype(dy.dtype) if has_bias else None
+    dx = _transposed(static)(dy, weight[0], weight[2]) if manual_axes() else _gradient(static, dy, *weight)
+    return dx, None, None, None, dbias
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _gradient(static: _Static, dy: Array, packed: Array, factors: Array | None, layer: Array | None) -> Array:
+    """dy @ W.T."""
+    return _transposed(static)(dy, packed, layer)
+
+
+def _gradient_forward(static: _Static, dy: Any, packed: Any, factors: Any, layer: Any) -> tuple[Array, Any]:
+    weight = _constants(packed, factors, layer)
+    return _gradient(static, dy.value, *weight), weight
+
+
+def _gradient_backward(static: _Static, weight: Any, dx: Any) -> tuple[Any, ...]:
+    return _product(static, _array(dx), *weight, None), None, None, None
+
+
+def _constants(*parts: Any) -> tuple[Any, ...]:
+    """The arrays of a weight; UnsupportedError where a gradient with respect to them was asked for."""
+    if any(part is not None and part.perturbed for part in parts):
         raise UnsupportedError(
             "a gradient with respect to a quantized weight was asked for, whose codes are integers; differentiate with "
             "respect to x and bias, and keep the weight out of argnums (or behind jax.lax.stop_gradient)."
         )
-    values = [None if each is None else each.value for each in (packed, factors, layer, bias)]
-    packed, factors, layer, bias = values
-    return _folded(static)(x.value, packed, factors, layer, bias), (packed, layer, bias is not None)
+    return tuple(None if part is None else part.value for part in parts)
 
 
-def _backward(static: _Static, kept: Any, dy: Any) -> tuple[Any, ...]:
-    packed, layer, has_bias = kept
-    if isinstance(dy, jax.custom_derivatives.SymbolicZero):
-        dy = jnp.zeros(dy.shape, dy.dtype)
-    dx = _transposed(static)(dy, packed, layer)
-    rows = tuple(range(dy.ndim - 1))
-    dbias = dy.sum(rows, dtype=jnp.float32).astype(dy.dtype) if has_bias else None
-    return dx, None, None, None, dbias
+def _array(cotangent: Any) -> Array:
+    if isinstance(cotangent, jax.custom_derivatives.SymbolicZero):
+        return jnp.zeros(cotangent.shape, cotangent.dtype)
+    return cotangent
 
 
 _product.defvjp(_forward, _backward, symbolic_zeros=True)
+_gradient.defvjp(_gradient_forward, _gradient_backward, symbolic_zeros=True)
 
 
 # ---- vmap

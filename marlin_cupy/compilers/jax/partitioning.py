@@ -47,7 +47,7 @@ def partitioned(
 
     Inside jax.shard_map the arrays are shares already.
     """
-    if _manual_axes():
+    if manual_axes():
         return multiply(spec, x, packed, factors, layer, bias)
     given = tuple(each is not None for each in (factors, layer, bias))
     operands = [each for each in (factors, layer, bias) if each is not None]
@@ -76,13 +76,14 @@ def varying_alike(*arrays: Any) -> list[Any]:
 
     Gradients of what did not vary are then added up by JAX.
     """
-    if not _manual_axes():
+    if not manual_axes():
         return list(arrays)
     axes = frozenset[str]().union(*(_varying(each) for each in arrays if each is not None))
     return [each if each is None or _varying(each) == axes else _vary(each, axes - _varying(each)) for each in arrays]
 
 
-def _manual_axes() -> Any:
+def manual_axes() -> Any:
+    """Axes of the mesh inside jax.shard_map; nothing outside."""
     return getattr(jax.sharding.get_abstract_mesh(), "manual_axes", ())
 
 
