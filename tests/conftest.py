@@ -10,6 +10,8 @@ import importlib.util
 import os
 import shutil
 import tempfile
+import warnings
+from types import ModuleType
 
 import hypothesis
 import pytest
@@ -67,3 +69,14 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         elsewhere = [item for item in items if any(item.get_closest_marker(name) for name in here if not here[name])]
         items[:] = [item for item in items if item not in elsewhere]
         config.hook.pytest_deselected(items=elsewhere)
+
+
+@pytest.fixture(scope="module")
+def jax() -> ModuleType:
+    """JAX with a GPU, for tests that are marked so."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of its own start
+        import jax
+
+        assert jax.devices("gpu"), "JAX sees no GPU: install jax[cuda13] or jax[cuda12]"
+    return jax

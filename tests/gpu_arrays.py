@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from types import ModuleType
 from typing import Any
 
 import cupy
@@ -30,6 +31,17 @@ def to_host(array: cupy.ndarray) -> np.ndarray:
     if array.dtype == DTYPES["bfloat16"]:
         return array.view(cupy.uint16).get().view(array.dtype)
     return array.get()
+
+
+def to_jax(jax: ModuleType, array: cupy.ndarray) -> Any:
+    """On JAX's first GPU."""
+    return jax.device_put(to_host(array), jax.devices("gpu")[0])
+
+
+def bits(array: Any) -> np.ndarray:
+    """Of 16-bit values in CuPy or JAX."""
+    host = to_host(array) if isinstance(array, cupy.ndarray) else np.asarray(array)
+    return host.view(np.uint16)
 
 
 def float64(array: cupy.ndarray) -> cupy.ndarray:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable
 from types import ModuleType
 from typing import Any
@@ -11,7 +10,7 @@ import cupy
 import numpy as np
 import pytest
 from cases import FORMATS, HALF
-from gpu_arrays import activations, to_host, weights
+from gpu_arrays import activations, bits, to_jax, weights
 
 import marlin_cupy as mc
 
@@ -19,25 +18,6 @@ pytestmark = pytest.mark.gpu
 
 every_format = pytest.mark.parametrize("name", FORMATS)
 every_dtype = pytest.mark.parametrize("dtype", HALF)
-
-
-@pytest.fixture(scope="module")
-def jax() -> ModuleType:
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of its own start
-        import jax
-
-        assert jax.devices("gpu"), "JAX sees no GPU: install jax[cuda13] or jax[cuda12]"
-    return jax
-
-
-def to_jax(jax: ModuleType, array: cupy.ndarray) -> Any:
-    return jax.device_put(to_host(array), jax.devices("gpu")[0])
-
-
-def bits(array: Any) -> np.ndarray:
-    host = to_host(array) if isinstance(array, cupy.ndarray) else np.asarray(array)
-    return host.view(np.uint16)
 
 
 @every_format

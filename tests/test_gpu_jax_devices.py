@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-import warnings
 from types import ModuleType
 from typing import Any
 
@@ -19,18 +18,9 @@ pytestmark = [pytest.mark.gpu, pytest.mark.two_gpus]
 K, N, M = 2048, 1024, 24
 
 
-@pytest.fixture(scope="module")
-def jax() -> ModuleType:
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of its own start
-        import jax
-
-        assert len(jax.devices("gpu")) > 1, "JAX sees one GPU"
-    return jax
-
-
 def meshes(jax: ModuleType) -> list[Any]:
-    count = len(jax.devices())
+    count = len(jax.devices("gpu"))
+    assert count > 1, "JAX sees one GPU"
     found = [jax.sharding.Mesh(np.asarray(jax.devices()[:each]), ("a",)) for each in (2, 4) if each <= count]
     if count >= 4:
         found.append(jax.sharding.Mesh(np.asarray(jax.devices()[:4]).reshape(2, 2), ("b", "a")))

@@ -30,11 +30,19 @@ from rich.console import Console
 from rich.table import Table
 
 from marlin_cupy.bench import report
-from marlin_cupy.bench.jax_stack import DENSE, HIDDEN, INNER, LAYERS, OURS, Program, Weights, sampled
-from marlin_cupy.device import gpu_count, no_gpu
+from marlin_cupy.bench.jax_stack import (
+    DENSE,
+    HIDDEN,
+    INNER,
+    LAYERS,
+    OURS,
+    Program,
+    Weights,
+    sampled,
+    unavailable,
+    weights,
+)
 from marlin_cupy.integrations.jax import shard
-from marlin_cupy.progress import bar
-from marlin_cupy.tensor import quantize
 
 jax: Any = importlib.import_module("jax")
 jnp: Any = importlib.import_module("jax.numpy")
@@ -52,7 +60,6 @@ MATRICES = {
     "down": ((INNER, HIDDEN), _ROWS),
 }
 TENSOR, BATCH, ONE = "tensor", "batch", "none"
-_GAIN = 0.3
 #: Between a program on several GPUs and on one, which add up in other orders.
 _TOLERANCE = 0.05
 
@@ -80,23 +87,6 @@ def forward(x: Any, layers: list[Weights]) -> Any:
         x = x + (jax.nn.silu(x @ w["gate"]) * (x @ w["up"])) @ w["down"]
         x = (x / jnp.sqrt(jnp.mean(jnp.square(x.astype(jnp.float32)), -1, keepdims=True))).astype(x.dtype)
     return x
-
-
-def weights(layers: int) -> dict[str, list[Weights]]:
-    """The same weights twice, on the first GPU: packed, and as bfloat16 arrays."""
-    found: dict[str, list[Weights]] = {OURS: [], DENSE: []}
-    draw = jax.jit(lambda key, shape: _GAIN * shape[0] ** -0.5 * jax.random.normal(key, shape), static_argnums=1)
-    with bar("quantizing", layers, True) as begin:
-        for index in range(layers):
-            begin(f"layer {index}")
-            ours, dense = {}, {}
-            for number, (name, (shape, _)) in enumerate(MATRICES.items()):
-                values = draw(jax.random.key(8 * index + number), shape)
-                ours[name] = quantize(values, "int4", 128, scale_dtype="bfloat16").to("jax")
-                dense[name] = values.astype(jnp.bfloat16)
-            found[OURS].append(ours)
-            found[DENSE].append(dense)
-    return found
 
 
 def placed(layers: list[Weights], mesh: Any, parallel: str) -> list[Weights]:
@@ -169,18 +159,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--m", type=int, action="append", help=f"rows of x, repeatable; {M_VALUES} if not given")
     options = parser.parse_args(arguments)
-    if gpu_count() == 0 or jax.default_backend() != "gpu":
-        print(no_gpu("The benchmark") if gpu_count() == 0 else "The benchmark needs JAX with CUDA, jax[cuda13].")
+    reason = unavailable()
+    if reason is not None:
+        print(reason)
         return 1
     counts = [count for count in (1, 2, 4, 8) if count <= len(jax.devices())]
     chosen = {name: int(value) for name, value in (each.split("=") for each in options.compiler_option)}
-    both = weights(options.layers)
+    shapes = {name: shape for name, (shape, _) in MATRICES.items()}
+    both = weights(options.layers, shapes)
     rows: list[Row] = []
     for M in options.m or M_VALUES:
         rows += measure(M, both, counts, chosen)
     show(rows, Console(width=report.WIDTH, highlight=False))
     if options.output is not None:
-        shapes = {name: shape for name, (shape, _) in MATRICES.items()}
         header = report.header(layers=options.layers, shapes=shapes, format="int4", group_size=128)
         header |= {"compiler_options": chosen, "xla_flags": os.environ.get("XLA_FLAGS", "")}
         report.write_json(options.output, {"header": header, "rows": [asdict(each) for each in rows]})

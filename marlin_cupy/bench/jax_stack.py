@@ -20,7 +20,7 @@ import os
 import statistics
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -105,16 +105,23 @@ def scan_in_place(x: Any, stacks: Weights) -> Any:
     )[0]
 
 
-def weights(layers: int) -> dict[str, list[Weights]]:
-    """The same weights twice: packed, and as bfloat16 arrays."""
+def unavailable() -> str | None:
+    """Why JAX cannot be timed here."""
+    if gpu_count() == 0:
+        return no_gpu("The benchmark")
+    return None if jax.default_backend() == "gpu" else "The benchmark needs JAX with CUDA, jax[cuda13]."
+
+
+def weights(layers: int, shapes: Mapping[str, tuple[int, int]]) -> dict[str, list[Weights]]:
+    """The same weights twice, on the first GPU: packed, and as bfloat16 arrays."""
     found: dict[str, list[Weights]] = {OURS: [], DENSE: []}
     draw = jax.jit(lambda key, shape: _GAIN * shape[0] ** -0.5 * jax.random.normal(key, shape), static_argnums=1)
     with bar("quantizing", layers, True) as begin:
         for index in range(layers):
             begin(f"layer {index}")
             ours, dense = {}, {}
-            for number, (name, shape) in enumerate(SHAPES.items()):
-                values = draw(jax.random.key(4 * index + number), shape)
+            for number, (name, shape) in enumerate(shapes.items()):
+                values = draw(jax.random.key(len(shapes) * index + number), shape)
                 ours[name] = quantize(values, "int4", 128, scale_dtype="bfloat16").to("jax")
                 dense[name] = values.astype(jnp.bfloat16)
             found[OURS].append(ours)
@@ -237,10 +244,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--layers", type=int, default=LAYERS)
     parser.add_argument("--m", type=int, action="append", help=f"rows of x, repeatable; {M_VALUES} if not given")
     options = parser.parse_args(arguments)
-    if gpu_count() == 0 or jax.default_backend() != "gpu":
-        print(no_gpu("The benchmark") if gpu_count() == 0 else "The benchmark needs JAX with CUDA, jax[cuda13].")
+    reason = unavailable()
+    if reason is not None:
+        print(reason)
         return 1
-    both = weights(options.layers)
+    both = weights(options.layers, SHAPES)
     stacks = {name: stacked(layers, name == OURS) for name, layers in both.items()}
     rows: list[Row] = []
     for M in options.m or M_VALUES:
