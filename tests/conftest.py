@@ -12,12 +12,14 @@ import shutil
 import tempfile
 import warnings
 from types import ModuleType
+from typing import Any
 
 import hypothesis
 import pytest
 
 from marlin_cupy.device import gpu, gpu_count
 from marlin_cupy.jit.cache import BUNDLE_VARIABLE, CACHE_VARIABLE
+from marlin_cupy.jit.launch import Function
 
 # Before JAX is imported: it must leave GPU memory to the other libraries, and have several devices on the CPU.
 os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
@@ -80,3 +82,17 @@ def jax() -> ModuleType:
 
         assert jax.devices("gpu"), "JAX sees no GPU: install jax[cuda13] or jax[cuda12]"
     return jax
+
+
+@pytest.fixture
+def kinds(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Of all launches in the test, in order: "dependent" or "plain"."""
+    found: list[str] = []
+    original = Function.launch
+
+    def spy(self: Function, *arguments: Any) -> None:
+        found.append("dependent" if arguments[4:5] == (True,) else "plain")
+        original(self, *arguments)
+
+    monkeypatch.setattr(Function, "launch", spy)
+    return found

@@ -19,7 +19,6 @@ from gpu_arrays import activations, assert_same_bits, differences, float64, pois
 import marlin_cupy as mc
 from marlin_cupy import kernels, writes
 from marlin_cupy.device import gpu
-from marlin_cupy.jit.launch import Function
 
 pytestmark = pytest.mark.gpu
 
@@ -47,20 +46,6 @@ def slow_copy_kernel() -> Any:
 def slow_copy(target: cupy.ndarray, source: cupy.ndarray, cycles: int = 200_000) -> None:
     """On the current stream: about a tenth of a millisecond of nothing, then the copy."""
     slow_copy_kernel()((64,), (256,), (target, source, target.nbytes // 4, cycles))
-
-
-@pytest.fixture
-def kinds(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """Of all launches in the test, in order: "dependent" or "plain"."""
-    found: list[str] = []
-    original = Function.launch
-
-    def spy(self: Function, *arguments: Any) -> None:
-        found.append("dependent" if arguments[4:5] == (True,) else "plain")
-        original(self, *arguments)
-
-    monkeypatch.setattr(Function, "launch", spy)
-    return found
 
 
 @pytest.fixture(autouse=True)

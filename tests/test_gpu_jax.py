@@ -1,4 +1,4 @@
-"""JAX arrays on a GPU, eagerly: handed over without a copy, ordered on both sides."""
+"""JAX arrays on a GPU, eagerly: multiplied on XLA's stream, handed over without a copy."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def test_the_operator_and_leading_axes(jax: ModuleType, dtype: str) -> None:
 
 
 def test_results_outlive_what_they_were_made_of(jax: ModuleType) -> None:
-    """Each result is a JAX array over CuPy's memory, computed from a JAX array that is gone."""
+    """Each is computed from a JAX array that is gone, whose memory XLA may use again."""
     w = mc.quantize(weights(1000, 300), "int4", 64)
     x = to_jax(jax, activations(16, 1000, "float16"))
     expected = [bits(mc.matmul(x * scale, w)) for scale in (1, 2, 3)]

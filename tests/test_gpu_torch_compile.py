@@ -22,7 +22,6 @@ import marlin_cupy as mc
 from marlin_cupy import formats, frameworks, kernels
 from marlin_cupy.device import gpu
 from marlin_cupy.formats.scalars import ROUNDOFF
-from marlin_cupy.jit.launch import Function
 from marlin_cupy.kernels import dequantize
 
 with warnings.catch_warnings():
@@ -69,20 +68,6 @@ def layer(name: str, dtype: str, shape: tuple[int, int] = (K, N)) -> Linear:
 
 def same(a: Any, b: Any) -> bool:
     return a.dtype == b.dtype and a.shape == b.shape and bool(torch.equal(a.view(torch.int16), b.view(torch.int16)))
-
-
-@pytest.fixture
-def kinds(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """Of all launches in the test, in order: "dependent" or "plain"."""
-    found: list[str] = []
-    original = Function.launch
-
-    def spy(self: Function, *arguments: Any) -> None:
-        found.append("dependent" if arguments[4:5] == (True,) else "plain")
-        original(self, *arguments)
-
-    monkeypatch.setattr(Function, "launch", spy)
-    return found
 
 
 # ---- the kernel for dense weights

@@ -1,4 +1,4 @@
-"""JAX arrays: handed over through DLPack, which orders both sides' streams; traced ones are left to ``compilers``."""
+"""JAX arrays: products on a GPU are left to ``compilers``; DLPack hands values over to whatever else needs them."""
 
 from __future__ import annotations
 
