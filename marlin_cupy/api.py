@@ -39,8 +39,8 @@ def matmul(
             used in place on its library's current stream; a NumPy array is taken there and the result back. Where
             explain names a kernel for Hopper, x whose rows overlap or do not start at multiples of 16 bytes is
             multiplied by sm80_gemm instead, which takes longer.
-        w: the weight, logical shape (K, N). For tensors that torch.compile traces or autograd follows PyTorch has to
-            hold it, ``w.to("torch")``; gradients flow to x and bias.
+        w: the weight, logical shape (K, N). For tensors that torch.compile traces PyTorch has to hold it,
+            ``w.to("torch")``; gradients flow to x and bias.
         bias: the dtype, library and device of x, [N], contiguous; added in float32 before the one rounding.
         out: the dtype, library and device of x, [..., N]; written and returned. Not for JAX, whose arrays are
             immutable. It must not overlap x.

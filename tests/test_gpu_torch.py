@@ -95,14 +95,18 @@ def test_parameters_are_tensors_and_no_gradient_is_lost(torch: ModuleType) -> No
         with torch.no_grad():
             assert same(torch, mc.matmul(followed, w, bias), expected)
         assert same(torch, mc.matmul(followed.detach(), w, bias), expected)
-        with pytest.raises(TypeError, match=r"w\.packed is a cupy array; use w\.to\('torch'\)"):
-            mc.matmul(followed, w, bias)
-        y = mc.matmul(followed, w.to("torch"), bias)
-        assert same(torch, y.detach(), expected)
-        y.sum().backward()
-        assert bool(followed.grad.isfinite().all())
-    with pytest.raises(TypeError, match=r"use w\.to\('torch'\)"):
-        mc.matmul(x, w, torch.nn.Parameter(bias))
+        gradients = []
+        for held in (w, w.to("torch")):
+            y = mc.matmul(followed, held, bias)
+            assert same(torch, y.detach(), expected)
+            gradients += torch.autograd.grad(y.sum(), followed)
+        assert bool(gradients[0].isfinite().all())
+        assert same(torch, *gradients)
+    of_bias = torch.nn.Parameter(bias)
+    mc.matmul(x, w, of_bias).sum().backward()
+    assert bool((of_bias.grad == 7).all())
+    with pytest.raises(Exception, match=r"w\.packed is a cupy array; use w\.to\('torch'\)"):
+        torch.compile(lambda x: mc.matmul(x, w, bias), fullgraph=True, backend="eager")(x)
     with torch.inference_mode():
         assert same(torch, mc.matmul(x.clone(), w, torch.nn.Parameter(bias)), expected)
 

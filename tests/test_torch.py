@@ -229,10 +229,21 @@ def test_tensors_that_stand_for_others_go_through_the_operator() -> None:
     assert y.shape == (5, N)
 
 
+def test_a_weight_of_another_library_is_handed_over_unless_it_is_compiled() -> None:
+    w, x = weight(), activations(5).requires_grad_()
+    gradients = []
+    for held in (w, w.to("numpy")):
+        y = mc.matmul(x, held)
+        gradients += torch.autograd.grad(y.sum(), x)
+    assert same(*gradients)
+    held = w.to("numpy")
+    with pytest.raises(Exception, match=r"w\.packed is a numpy array; use w\.to\('torch'\)"):
+        torch.compile(lambda x: mc.matmul(x, held), fullgraph=True, backend="eager")(x)
+
+
 # ---- refusals of products
 
 REFUSALS: dict[str, tuple[Callable[[Any, Any], Any], type[Exception], list[str]]] = {
-    "a NumPy weight": (lambda x, w: mc.matmul(x, w.to("numpy")), TypeError, ["numpy array", "w.to('torch')"]),
     "out": (lambda x, w: mc.matmul(x, w, out=torch.empty(5, N)), TypeError, ["out", "torch"]),
     "K": (lambda x, w: mc.matmul(x[:, 1:], w), ValueError, ["(5, 199)", "K=200"]),
     "float32": (lambda x, w: mc.matmul(x.float(), w), ValueError, ["float32", "float16 or bfloat16"]),

@@ -72,3 +72,22 @@ struct ExactProducts {
         for (int i = 0; i < 4; ++i) sums[i] += products[i] * scale[i / 2];
     }
 };
+
+// Of weights that are integer codes minus a zero point, in one fma per pair. A code in the last bits of a 16-bit float is
+// a subnormal, code * least; in bfloat16 the eighth bit is the first of the exponent, which counts on. So
+// (code - zero_point) * least * scale is one fma, which rounds once. Scales carry a factor that puts an output's largest
+// at 2^14 to 2^15, and in bfloat16 2^109 more, which leave `unit`. In float16 the product may be subnormal too: it is then
+// a multiple of 2^-24, fine enough for scales within some 2^8 of the largest.
+template <class T, u32 zero_point>
+struct SubnormalScales {
+    static constexpr bool needs_factors = true;
+    static constexpr float unit = 1.0f / (1 << 24), lifted = T::narrow ? 1.0f : 0x1p109f;
+    u32 scale[2], zero[2];  // of rows g and g + 8, in both halves
+
+    SubnormalScales() = default;
+    __device__ SubnormalScales(float scale_g, float scale_g8)
+        : scale{T::pack(scale_g * lifted, scale_g * lifted), T::pack(scale_g8 * lifted, scale_g8 * lifted)} {
+#pragma unroll
+        for (int i = 0; i < 2; ++i) zero[i] = T::multiply(scale[i], 0x80008000u | zero_point * 0x00010001u);
+    }
+};

@@ -23,9 +23,26 @@ struct Bytes<BFloat16> {
     }
 };
 
+template <class T>
+struct ScaledInt8 : SubnormalScales<T, 128> {
+    using SubnormalScales<T, 128>::scale, SubnormalScales<T, 128>::zero;
+
+    ScaledInt8() = default;
+    __device__ ScaledInt8(const ScaleOnly<8>::Group&, float scale_g, float scale_g8)
+        : SubnormalScales<T, 128>(scale_g, scale_g8) {}
+
+    __device__ void decode(u32 (&a)[4], const u32* words, u32) const {
+#pragma unroll
+        for (int p = 0; p < 4; ++p) {
+            const u32 word = words[p / 2], codes = p % 2 ? __byte_perm(word, 0, 0x4341) : word & 0x00FF00FFu;
+            a[p] = T::fma(codes, scale[p % 2], zero[p % 2]);
+        }
+    }
+};
+
 template <class T, class S>
 struct Codec : ScaleOnly<8> {
-    using Scaled = ScaledWeights<Codec, T, 128>;
+    using Scaled = ScaledInt8<T>;
     using Products = ExactProducts<Codec>;
 
     static __device__ void decode(u32 (&a)[4], const u32* words, const ScaleOnly<8>::Group&, u32) {

@@ -28,6 +28,7 @@ __device__ inline float inverse_power(float power) {
 // fp16: 11 significant bits.
 struct Float16 {
     static constexpr bool narrow = true;  // 5 bits of exponent
+    static constexpr u32 sixteenth = 0x2C002C00u;  // in both halves
     static __device__ float to_float(u32 low_half) {
         float value;
         asm("{ .reg .b16 h; cvt.u16.u32 h, %1; cvt.f32.f16 %0, h; }" : "=f"(value) : "r"(low_half));
@@ -58,6 +59,7 @@ struct Float16 {
 // bf16: 8 significant bits.
 struct BFloat16 {
     static constexpr bool narrow = false;
+    static constexpr u32 sixteenth = 0x3D803D80u;
     static __device__ float to_float(u32 low_half) {
         return __int_as_float(static_cast<int>(low_half << 16));
     }
@@ -66,16 +68,12 @@ struct BFloat16 {
         asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(pair) : "f"(high), "f"(low));
         return pair;
     }
-    // Before Hopper bf16 has no add: a * 1 + b rounds alike.
-    static __device__ u32 add(u32 a, u32 b) {
+    static __device__ u32 fma(u32 a, u32 b, u32 c) {
         u32 pair;
-        asm("fma.rn.bf16x2 %0, %1, %2, %3;" : "=r"(pair) : "r"(a), "r"(0x3F803F80u), "r"(b));
+        asm("fma.rn.bf16x2 %0, %1, %2, %3;" : "=r"(pair) : "r"(a), "r"(b), "r"(c));
         return pair;
     }
-    // Nor a product of its own: a * b - 0 rounds alike.
-    static __device__ u32 multiply(u32 a, u32 b) {
-        u32 pair;
-        asm("fma.rn.bf16x2 %0, %1, %2, %3;" : "=r"(pair) : "r"(a), "r"(b), "r"(0x80008000u));
-        return pair;
-    }
+    // Before Hopper bf16 has no add nor product of its own: a * 1 + b and a * b - 0 round alike.
+    static __device__ u32 add(u32 a, u32 b) { return fma(a, 0x3F803F80u, b); }
+    static __device__ u32 multiply(u32 a, u32 b) { return fma(a, b, 0x80008000u); }
 };

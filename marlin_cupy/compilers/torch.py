@@ -48,12 +48,14 @@ _LIBRARY.define(f"matmul_transposed(Tensor y, Tensor packed, Tensor? range_facto
 def matmul(
     x: torch.Tensor, w: QuantizedTensor, bias: torch.Tensor | None, batch_invariant: bool, dependent: bool
 ) -> Any:
-    """y = x @ W + bias as an operator. TypeError for a weight of another library, DeviceError for one elsewhere."""
+    """y = x @ W + bias as an operator. TypeError for a compiled one with a weight of another library."""
     if not isinstance(w.packed, torch.Tensor):
-        raise TypeError(
-            f"torch.compile and autograd need a weight in PyTorch's hands, and w.packed is a "
-            f"{type(w.packed).__module__} array; use w.to('torch')."
-        )
+        if torch.compiler.is_compiling():
+            raise TypeError(
+                f"torch.compile needs a weight in PyTorch's hands, and w.packed is a {type(w.packed).__module__} "
+                "array; use w.to('torch')."
+            )
+        w = w.to("torch")  # no copy
     return multiply(x, w.packed, w.range_factors, bias, w.spec, batch_invariant, dependent)
 
 
