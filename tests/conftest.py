@@ -6,6 +6,7 @@ the time of the GPU tests is NVRTC's, and the next run then has it all.
 
 from __future__ import annotations
 
+import importlib.metadata
 import importlib.util
 import os
 import shutil
@@ -24,6 +25,8 @@ from marlin_cupy.jit.launch import Function
 # Before JAX is imported: it must leave GPU memory to the other libraries, and have several devices on the CPU.
 os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
 os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=4"
+if gpu_count() == 0:
+    os.environ.setdefault("JAX_PLATFORMS", "cpu")  # or its plugin for CUDA says at length what it misses
 
 hypothesis.settings.register_profile("suite", derandomize=True, database=None, deadline=None, max_examples=60)
 hypothesis.settings.load_profile("suite")
@@ -37,6 +40,18 @@ _ABOUT = {
     "equinox": ["test_equinox.py"],
 }
 collect_ignore = [file for name, files in _ABOUT.items() if not importlib.util.find_spec(name) for file in files]
+
+
+def _compiles_for_absent_gpus() -> bool:
+    """Whether JAX has its plugin for CUDA, and is recent enough to do that with it."""
+    if not any(importlib.util.find_spec(f"jax_cuda{version}_plugin") for version in (12, 13)):
+        return False
+    major, minor, *_ = importlib.metadata.version("jax").split(".")
+    return (int(major), int(minor)) >= (0, 10)
+
+
+if not _compiles_for_absent_gpus():
+    collect_ignore.append("test_jax_compiled.py")
 
 
 def pytest_configure(config: pytest.Config) -> None:

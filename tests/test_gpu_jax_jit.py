@@ -200,3 +200,14 @@ def test_rows_of_every_kind(jax: ModuleType) -> None:
     np.testing.assert_array_equal(bits(some), bits(mc.matmul(native[1:5], w)))
     np.testing.assert_array_equal(bits(turned), bits(mc.matmul(native, w)))
     assert DTYPES["bfloat16"] == one.dtype
+
+
+@pytest.mark.parametrize("platforms", [("cuda",), ("cpu", "cuda")])
+def test_an_exported_program_has_the_bits_of_the_plain_one(jax: ModuleType, platforms: tuple[str, ...]) -> None:
+    from marlin_cupy.integrations.jax import export_checks
+
+    w = mc.quantize(weights(1000, 300), "int4", 64).to("jax")
+    x, bias = (to_jax(jax, each) for each in (activations(7, 1000, "float16"), activations(1, 300, "float16")[0]))
+    export = jax.export.export(jax.jit(mc.matmul), platforms=platforms, disabled_checks=export_checks)
+    program = jax.export.deserialize(export(x, w, bias).serialize())
+    np.testing.assert_array_equal(bits(program.call(x, w, bias)), bits(jax.jit(mc.matmul)(x, w, bias)))

@@ -23,7 +23,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jax_arrays import activations, check, check_gradient, check_sum, check_sum_of_parts, float64, runs, weight
 
 import marlin_cupy as mc
-from marlin_cupy.integrations.jax import partition_specs, shard, stack
+from marlin_cupy.integrations.jax import export_checks, partition_specs, shard, stack
 
 K, HIDDEN, N, M = 512, 1024, 256, 8
 P: Any = PartitionSpec
@@ -306,6 +306,16 @@ def test_stacks_in_shard_map(of_w: Any) -> None:
     multiply = jax.jit(jax.shard_map(on_each, mesh=devices, in_specs=in_specs, out_specs=out_specs))
     for y, w in zip(multiply(x, jax.tree.map(np.asarray, stacked)), layers, strict=True):
         check(y.astype(x.dtype), x, w, shares=4 if by_rows else 1)
+
+
+def test_a_program_of_shares_is_exported_from_shard_map() -> None:
+    devices, of_w = LINE(), P(None, "model")
+    x, w = jax.device_put(host((M, K)), NamedSharding(devices, P())), shard(whole(), devices, of_w)
+    in_specs = P(), partition_specs(w, devices, of_w)
+    multiply = jax.jit(jax.shard_map(lambda x, w: x @ w, mesh=devices, in_specs=in_specs, out_specs=of_w))
+    exported = jax.export.export(multiply, platforms=("cpu", "cuda"), disabled_checks=export_checks)(x, w)
+    program = jax.export.deserialize(exported.serialize())
+    np.testing.assert_array_equal(jax.jit(program.call)(x, w), multiply(x, w))
 
 
 def test_a_weight_that_every_device_has() -> None:

@@ -24,7 +24,7 @@ import marlin_cupy as mc
 from marlin_cupy import kernels
 from marlin_cupy.compilers.jax import ffi, launching
 from marlin_cupy.device import gpu_of_arch
-from marlin_cupy.integrations.jax import stack
+from marlin_cupy.integrations.jax import export_checks, stack
 from marlin_cupy.kernels import Problem
 from marlin_cupy.kernels.cuda import CudaConfiguration
 
@@ -265,6 +265,70 @@ def test_the_text_is_the_same_in_every_process() -> None:
     assert texts[0] == texts[1]
     (call,) = calls(texts[0])
     assert call.text["spec"]["format"] == "nf4"
+
+
+# ---- exported programs
+
+
+def exported(function: Callable[..., Any], *arguments: Any, platforms: Sequence[str]) -> Any:
+    """From the bytes that a file of it would have."""
+    export = jax.export.export(jax.jit(function), platforms=platforms, disabled_checks=export_checks)
+    return jax.export.deserialize(export(*arguments).serialize())
+
+
+@pytest.mark.parametrize("platforms", [("cpu",), ("cpu", "cuda")])
+def test_an_exported_program_takes_the_weight_as_an_argument(platforms: Sequence[str]) -> None:
+    x, w, bias = activations((5, K)), weight(), activations((N,))
+    program = exported(mc.matmul, x, w, bias, platforms=platforms)
+    np.testing.assert_array_equal(program.call(x, w, bias), jax.jit(mc.matmul)(x, w, bias))
+    other = weight(seed=2)
+    np.testing.assert_array_equal(program.call(x, other, bias), jax.jit(mc.matmul)(x, other, bias))
+    with pytest.raises(ValueError, match="nf4"):
+        program.call(x, weight("nf4"), bias)
+
+
+def test_an_exported_program_for_gpus_holds_the_call() -> None:
+    x, w = activations((5, K)), weight()
+    program = exported(lambda x: x @ w, x, platforms=("cuda",))
+    assert calls(str(program.mlir_module())) == calls(lowered(lambda x: x @ w, x))
+    with pytest.raises(ValueError, match=r"exported for platforms.*cuda.*used on.*cpu"):
+        program.call(x)
+    with pytest.raises(ValueError, match="custom calls whose targets have no compatibility guarantees"):
+        jax.export.export(jax.jit(mc.matmul), platforms=("cuda",))(x, w)
+
+
+def test_an_exported_program_of_any_number_of_rows_is_for_the_cpu() -> None:
+    w = weight()
+    x = jax.ShapeDtypeStruct(jax.export.symbolic_shape(f"batch, rows, {K}"), jnp.float16)
+    program = exported(lambda x: x @ w, x, platforms=("cpu", "cuda"))
+    for shape in ((1, 1, K), (2, 3, K)):
+        check(program.call(activations(shape)), activations(shape), w)
+    (call,) = calls(str(program.mlir_module()))
+    assert call.text == {"refused": call.text["refused"]}
+    assert "for a number of them. For GPUs export a program for each." in call.text["refused"]
+
+
+_LOADED = """
+import sys
+import jax, numpy as np
+import marlin_cupy.integrations.jax
+program = jax.export.deserialize(bytearray(open("program", "rb").read()))
+w = marlin_cupy.load("weight.safetensors").to("jax")
+np.save("y.npy", program.call(np.load("x.npy"), w))
+"""
+
+
+def test_an_exported_program_runs_in_another_process(tmp_path: Path) -> None:
+    x, w = activations((5, K)), weight()
+    export = jax.export.export(jax.jit(mc.matmul), platforms=("cpu", "cuda"), disabled_checks=export_checks)
+    (tmp_path / "program").write_bytes(export(x, w).serialize())
+    w.save(tmp_path / "weight.safetensors")
+    np.save(tmp_path / "x.npy", x)
+    environment = {**os.environ, "PYTHONPATH": str(Path(mc.__file__).parents[1]), "JAX_PLATFORMS": "cpu"}
+    command = [sys.executable, "-c", _LOADED]
+    done = subprocess.run(command, env=environment, cwd=tmp_path, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    np.testing.assert_array_equal(np.load(tmp_path / "y.npy"), jax.jit(mc.matmul)(x, w))
 
 
 # ---- the call, when it comes

@@ -1,7 +1,8 @@
-"""Weights for JAX programs: stacks of them for jax.lax.scan, and shares of them for meshes of devices."""
+"""Weights for JAX programs: stacks for jax.lax.scan, shares for meshes of devices, arguments of exported programs."""
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Sequence
 from typing import Any
@@ -11,10 +12,22 @@ import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from marlin_cupy import frameworks
+from marlin_cupy.compilers.jax import launching
 from marlin_cupy.layout import SLAB_N
+from marlin_cupy.spec import Spec
 from marlin_cupy.tensor import QuantizedTensor
 
 frameworks.meet(QuantizedTensor)  # weights that were made before JAX was imported are trees too
+jax.export.register_pytree_node_serialization(
+    QuantizedTensor,
+    serialized_name="marlin_cupy.QuantizedTensor",
+    serialize_auxdata=lambda whole: json.dumps(whole.fields).encode(),
+    deserialize_auxdata=lambda text: Spec.of_fields(json.loads(text), "an exported program"),
+)
+
+#: The ``disabled_checks`` of jax.export.export for GPUs: JAX lets no calls into a file whose meaning it does not know.
+#: What ours mean stands in their text, and another version of marlin_cupy refuses what it cannot launch any more.
+export_checks = [jax.export.DisabledSafetyCheck.custom_call(launching.TARGET)]
 
 
 def stack(ws: Sequence[QuantizedTensor]) -> QuantizedTensor:

@@ -23,7 +23,8 @@ from marlin_cupy.kernels.cuda import CudaConfiguration, CudaPlan
 from marlin_cupy.kernels.operands import PackedWeight, Rows, Stack
 from marlin_cupy.spec import Spec
 
-_TARGET = "marlin_cupy_matmul"
+#: The name of the call.
+TARGET = "marlin_cupy_matmul"
 #: What programs are compiled for where there is no GPU.
 _USUAL_ARCH = "sm_90a"
 
@@ -44,6 +45,10 @@ def gemm(
     problem = Problem(M, dtype, spec, _target(), batch_invariant, layer is not None)
     results = [_result((M, spec.shape[1]), x.dtype, x)]
     try:
+        if not isinstance(M, int):
+            raise UnsupportedError(
+                f"x has {M} rows; kernels are chosen for a number of them. For GPUs export a program for each."
+            )
         chosen = _chosen(problem, tuned.generation)
     except UnsupportedError as error:
         if jax.default_backend() == "gpu":
@@ -65,7 +70,7 @@ def gemm(
         if chosen.configuration.exchange_floats:
             results.append(_result((chosen.configuration.exchange_floats,), jnp.float32, x))
     operands = [x, packed, factors, *(each for each in (bias, layer) if each is not None)]
-    call: Any = jax.ffi.ffi_call(_TARGET, results)
+    call: Any = jax.ffi.ffi_call(TARGET, results)
     return call(*operands, text=json.dumps(text, sort_keys=True))[0]
 
 
@@ -154,4 +159,4 @@ def _plan_of(text: bytes, device: int) -> tuple[CudaPlan[Any], bool, int | None]
     return plan, found["bias"], found["layers"]
 
 
-ffi.register(_TARGET, _handle)
+ffi.register(TARGET, _handle)
