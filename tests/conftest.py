@@ -37,6 +37,7 @@ _CACHE = pytest.StashKey[str]()
 _ABOUT = {
     "torch": ["test_torch.py", "test_gpu_torch_compile.py"],
     "flax": ["test_flax.py"],
+    "orbax": ["test_orbax.py"],
     "equinox": ["test_equinox.py"],
 }
 collect_ignore = [file for name, files in _ABOUT.items() if not importlib.util.find_spec(name) for file in files]

@@ -1,4 +1,4 @@
-"""Weights for JAX programs: stacks for jax.lax.scan, shares for meshes of devices, arguments of exported programs."""
+"""Weights for JAX programs: stacks for jax.lax.scan, shares for meshes of devices, their shapes, exported programs."""
 
 from __future__ import annotations
 
@@ -13,9 +13,14 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from marlin_cupy import frameworks
 from marlin_cupy.compilers.jax import launching
+from marlin_cupy.formats.scalars import FLOAT16, HALF_DTYPES
 from marlin_cupy.layout import SLAB_N
 from marlin_cupy.spec import Spec
 from marlin_cupy.tensor import QuantizedTensor
+
+# Of these JAX's annotations say too little.
+_PartitionSpec: Any = PartitionSpec
+_Shape: Any = jax.ShapeDtypeStruct
 
 frameworks.meet(QuantizedTensor)  # weights that were made before JAX was imported are trees too
 jax.export.register_pytree_node_serialization(
@@ -52,6 +57,37 @@ def stack(ws: Sequence[QuantizedTensor]) -> QuantizedTensor:
     return stacked
 
 
+def abstract(
+    weight: jax.ShapeDtypeStruct,
+    format: str = "int4",
+    group_size: int | None = None,
+    *,
+    scale_dtype: str | None = None,
+    layers: int | None = None,
+) -> QuantizedTensor:
+    """What :func:`marlin_cupy.quantize` would make of ``weight``, without values: what a checkpoint is restored into.
+
+    A checkpoint has the arrays of a weight and not what they mean. Where their shapes are others than here it is
+    refused; where another format, scale dtype or padding has the same shapes, nothing tells.
+
+    Args:
+        weight: the shape (K, N) and dtype.
+        format, group_size, scale_dtype: as of :func:`marlin_cupy.quantize`.
+        layers: of a stack; None: one weight.
+
+    Raises:
+        ValueError: there is no such weight.
+    """
+    dtype = weight.dtype.name
+    spec = Spec.checked(
+        format, tuple(weight.shape), group_size, scale_dtype or (dtype if dtype in HALF_DTYPES else FLOAT16)
+    )
+    lead, shape = () if layers is None else (layers,), spec.layout.packed_shape
+    packed = _Shape((*lead, *shape), jnp.uint8)
+    range_factors = _Shape((*lead, shape[0] * SLAB_N), jnp.float32)
+    return QuantizedTensor.of_parts(spec, (packed, range_factors, None))
+
+
 def partition_specs(w: QuantizedTensor, mesh: Mesh, spec: PartitionSpec) -> QuantizedTensor:
     """The PartitionSpec of each array of ``w``, as a tree of its structure: what ``in_specs`` of jax.shard_map takes.
 
@@ -78,8 +114,9 @@ def partition_specs(w: QuantizedTensor, mesh: Mesh, spec: PartitionSpec) -> Quan
                 f"Of fewer devices {', '.join(fits)} would do."
             )
     lead = (None,) * (len(w.packed.shape) - 3)
-    make: Any = PartitionSpec
-    return QuantizedTensor.of_parts(w.whole, (make(*lead, axes_n, axes_k, None), make(*lead, axes_n), None))
+    return QuantizedTensor.of_parts(
+        w.whole, (_PartitionSpec(*lead, axes_n, axes_k, None), _PartitionSpec(*lead, axes_n), None)
+    )
 
 
 def shard(w: QuantizedTensor, mesh: Mesh, spec: PartitionSpec) -> QuantizedTensor:
@@ -87,9 +124,10 @@ def shard(w: QuantizedTensor, mesh: Mesh, spec: PartitionSpec) -> QuantizedTenso
 
     Inside jax.jit products with it are computed where the shares are. Arguments and errors are those of
     :func:`partition_specs`. Where the mesh has devices of other processes, each of these has to call it with the same.
+    Of an :func:`abstract` weight it makes the shapes of the whole, with their shardings.
     """
     specs = partition_specs(w, mesh, spec)
-    in_jax = w if isinstance(w.packed, jax.Array) else w.to("jax")
+    in_jax = w if isinstance(w.packed, jax.Array | jax.ShapeDtypeStruct) else w.to("jax")
     parts = [
         _spread(part, NamedSharding(mesh, of_part))
         for part, of_part in zip(in_jax.parts[:2], specs.parts[:2], strict=True)
@@ -98,6 +136,8 @@ def shard(w: QuantizedTensor, mesh: Mesh, spec: PartitionSpec) -> QuantizedTenso
 
 
 def _spread(part: Any, sharding: NamedSharding) -> Any:
+    if isinstance(part, jax.ShapeDtypeStruct):
+        return _Shape(part.shape, part.dtype, sharding=sharding)
     if sharding.is_fully_addressable:
         return jax.device_put(part, sharding)
     return jax.make_array_from_callback(part.shape, sharding, lambda index: part[index])

@@ -9,8 +9,8 @@ import jax.numpy as jnp
 
 from marlin_cupy import matmul
 from marlin_cupy.device import CPU, import_cupy
-from marlin_cupy.formats.scalars import FLOAT16, HALF_DTYPES
-from marlin_cupy.spec import Spec
+from marlin_cupy.formats.scalars import HALF_DTYPES
+from marlin_cupy.integrations.jax import abstract
 from marlin_cupy.tensor import QuantizedTensor, quantize
 
 Array = Any  # a JAX array, traced or not
@@ -24,12 +24,7 @@ def quantized(
     A jax.ShapeDtypeStruct becomes a weight of ShapeDtypeStructs, for models that are to be filled from a checkpoint.
     """
     if isinstance(weight, jax.ShapeDtypeStruct):
-        dtype = weight.dtype.name
-        spec = Spec.checked(
-            format, weight.shape, group_size, scale_dtype or (dtype if dtype in HALF_DTYPES else FLOAT16)
-        )
-        packed = jax.eval_shape(lambda: jnp.zeros(spec.layout.packed_shape, jnp.uint8))
-        return QuantizedTensor.of_parts(spec, (packed, jax.eval_shape(spec.layout.range_factors, packed), None))
+        return abstract(weight, format, group_size, scale_dtype=scale_dtype)
     w = quantize(weight, format, group_size, scale_dtype=scale_dtype, search=search).to("jax")
     own: QuantizedTensor = jax.tree.map(jnp.copy, w)
     if w.device != CPU:
