@@ -93,12 +93,18 @@ def recorded(folder: Path, program: str) -> list[bool]:
     return found
 
 
-@pytest.mark.parametrize(
-    ("program", "number"), [("unrolled", PRODUCTS), ("exported", PRODUCTS), ("gradient", PRODUCTS), ("in_place", 2)]
-)
+@pytest.mark.parametrize(("program", "number"), [("unrolled", PRODUCTS), ("exported", PRODUCTS), ("in_place", 2)])
 def test_all_products_are_calls_that_are_recorded(folder: Path, program: str, number: int) -> None:
     assert len(calls(folder, program)) == number
     assert recorded(folder, program) == [True] * number
+
+
+def test_gradients_decode_weights_when_they_need_them(folder: Path) -> None:
+    """And again for the next product, rather than to keep them."""
+    found = (folder / "gradient" / "program.txt").read_text()
+    assert len(calls(folder, "gradient")) == found.count('custom_call_target="marlin_cupy_dense"') == PRODUCTS
+    assert recorded(folder, "gradient") == [True] * 2 * PRODUCTS
+    assert makes_weights(folder, "gradient") == set()
 
 
 @pytest.mark.parametrize("program", ["unrolled", "exported"])

@@ -32,7 +32,7 @@ jax.export.register_pytree_node_serialization(
 
 #: The ``disabled_checks`` of jax.export.export for GPUs: JAX lets no calls into a file whose meaning it does not know.
 #: What ours mean stands in their text, and another version of marlin_cupy refuses what it cannot launch any more.
-export_checks = [jax.export.DisabledSafetyCheck.custom_call(launching.TARGET)]
+export_checks = [jax.export.DisabledSafetyCheck.custom_call(target) for target in launching.TARGETS]
 
 
 def stack(ws: Sequence[QuantizedTensor]) -> QuantizedTensor:

@@ -67,19 +67,14 @@ def dense(framework: StreamFramework, w: Weight, spec: Spec, dtype: str, run: ra
 
     Rows are contiguous; where the last slab is padded, they are further apart than they are long.
     """
-    K, N = spec.shape
-    on = gpu(w.device.index)
-    array = framework.empty((N, SLAB_K * len(run)), dtype, w.device)
-    _ARGS.pack_into(
-        _ARGUMENTS.data,
-        0,
-        w.pointer,
-        framework.pointer(array),
-        N,
-        spec.layout.packed_shape[1],
-        run.start,
-        len(run),
-    )
-    blocks = min(spec.layout.packed_shape[0] * len(run), on.sm_count * _BLOCKS_PER_SM)
-    load(spec, dtype, on).launch(blocks, _CONFIG.threads, framework.stream(w.device), _ARGUMENTS)
-    return array[:, : K - SLAB_K * run.start]
+    array = framework.empty((spec.shape[1], SLAB_K * len(run)), dtype, w.device)
+    enqueue(framework.stream(w.device), w.pointer, framework.pointer(array), spec, dtype, run, gpu(w.device.index))
+    return array[:, : spec.shape[0] - SLAB_K * run.start]
+
+
+def enqueue(stream: int, packed: int, array: int, spec: Spec, dtype: str, run: range, on: Gpu) -> None:
+    """:func:`dense` between two addresses, padding included: ``array`` has SLAB_K * len(run) columns."""
+    slabs_n, slabs_k, _ = spec.layout.packed_shape
+    _ARGS.pack_into(_ARGUMENTS.data, 0, packed, array, spec.shape[1], slabs_k, run.start, len(run))
+    blocks = min(slabs_n * len(run), on.sm_count * _BLOCKS_PER_SM)
+    load(spec, dtype, on).launch(blocks, _CONFIG.threads, stream, _ARGUMENTS)

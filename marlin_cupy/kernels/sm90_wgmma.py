@@ -190,9 +190,7 @@ _SMS = 132
 #: Nanoseconds of decoding 64 outputs of a slab, which other formats lengthen. The factors were fitted with this to six
 #: of these layers, M = 16, 64 and 256, before the times of the tiles above, and rounded.
 _DECODE_NS = 155
-_DECODE = DecodeFactors(
-    {"int4": (1.0, 1.0), "uint4": (1.08, 1.08), "nf4": (1.4, 1.36), "int8": (1.1, 1.1)}, fine=1.1
-)
+_DECODE = DecodeFactors({"int4": (1.0, 1.0), "uint4": (1.08, 1.08), "nf4": (1.4, 1.36), "int8": (1.1, 1.1)}, fine=1.1)
 #: What each further wave of blocks pays to start, where more blocks are launched than fit.
 _WAVE_US = 2.6
 #: Candidates to choose from and to tune.

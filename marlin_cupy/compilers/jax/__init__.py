@@ -223,14 +223,13 @@ def _share(batch_invariant: bool) -> Multiply:
 
 @functools.cache
 def _share_transposed() -> Multiply:
-    """dy @ W.T on one device: on a GPU with weights rounded to the type of dy, elsewhere in float32."""
+    """dy @ W.T on one device: on a GPU with dense weights of the type of dy, elsewhere in float32."""
 
     def multiply(spec: Spec, dy: Array, packed: Array, factors: Any, layer: Any, bias: Any) -> Array:
         layout, N = spec.layout, spec.shape[1]
 
         def on_gpu(dy: Array, packed: Array) -> Array:
-            weight = decoded(layout, packed, N).astype(dy.dtype)
-            return jnp.matmul(dy, weight.T, preferred_element_type=jnp.float32).astype(dy.dtype)
+            return launching.transposed(spec, dy, packed)
 
         def reference(dy: Array, packed: Array) -> Array:
             return _dot(dy.astype(jnp.float32), decoded(layout, packed, N).T).astype(dy.dtype)

@@ -1,4 +1,4 @@
-"""The product on a GPU inside a compiled JAX program: chosen when it is traced, launched when XLA says so.
+"""Products on a GPU inside a compiled JAX program: chosen when it is traced, launched when XLA says so.
 
 What is launched stands in the program as text, so that a program can be kept on disk, or sent to another process, and
 a process that runs it finds the same configuration again.
@@ -18,13 +18,14 @@ from marlin_cupy import kernels, writes
 from marlin_cupy.compilers.jax import ffi
 from marlin_cupy.device import Device, Gpu, cuda, gpu, gpu_count, gpu_of_arch
 from marlin_cupy.errors import UnsupportedError
-from marlin_cupy.kernels import Candidate, Problem, tuned
+from marlin_cupy.kernels import Candidate, Problem, dequantize, tuned
 from marlin_cupy.kernels.cuda import CudaConfiguration, CudaPlan
 from marlin_cupy.kernels.operands import PackedWeight, Rows, Stack
+from marlin_cupy.layout import SLAB_K
 from marlin_cupy.spec import Spec
 
-#: The name of the call.
-TARGET = "marlin_cupy_matmul"
+#: The calls: x @ W + bias, and a run of K of the dense W^T.
+MATMUL, DENSE = TARGETS = "marlin_cupy_matmul", "marlin_cupy_dense"
 #: What programs are compiled for where there is no GPU.
 _USUAL_ARCH = "sm_90a"
 
@@ -70,8 +71,28 @@ def gemm(
         if chosen.configuration.exchange_floats:
             results.append(_result((chosen.configuration.exchange_floats,), jnp.float32, x))
     operands = [x, packed, factors, *(each for each in (bias, layer) if each is not None)]
-    call: Any = jax.ffi.ffi_call(TARGET, results)
+    call: Any = jax.ffi.ffi_call(MATMUL, results)
     return call(*operands, text=json.dumps(text, sort_keys=True))[0]
+
+
+def transposed(spec: Spec, dy: Any, packed: Any) -> Any:
+    """``dy @ W.T``: dense pieces of the weight, each of bounded size, and their products by XLA.
+
+    Args:
+        spec: of the weight.
+        dy: [M, N], M > 0.
+        packed: the weight.
+    """
+    dtype, pieces = dy.dtype.name, []
+    if gpu_count():
+        dequantize.load(spec, dtype, _target())  # before XLA records launches of it
+    for run in dequantize.runs(spec):
+        call: Any = jax.ffi.ffi_call(DENSE, _result((spec.shape[1], SLAB_K * len(run)), dy.dtype, dy))
+        text = {"spec": dataclasses.asdict(spec), "dtype": dtype, "run": [run.start, run.stop]}
+        packed, dy, pieces = jax.lax.optimization_barrier((packed, dy, pieces))  # one at a time, when it is needed
+        weight = call(packed, text=json.dumps(text, sort_keys=True))
+        pieces.append(jnp.matmul(dy, weight, preferred_element_type=jnp.float32).astype(dy.dtype))
+    return jnp.concatenate(pieces, 1)[:, : spec.shape[0]]
 
 
 def _result(shape: tuple[int, ...], dtype: Any, like: Any) -> Any:
@@ -145,8 +166,8 @@ def _plan_of(text: bytes, device: int) -> tuple[CudaPlan[Any], bool, int | None]
     if "refused" in found:
         raise UnsupportedError(found["refused"])
     here = gpu(device)
-    spec = Spec(**{**found["spec"], "shape": tuple(found["spec"]["shape"])})
-    problem = Problem(found["M"], found["dtype"], spec, here, found["batch_invariant"], found["layers"] is not None)
+    stacked = found["layers"] is not None
+    problem = Problem(found["M"], found["dtype"], _spec(found), here, found["batch_invariant"], stacked)
     candidate = next((each for each in kernels.candidates(problem) if each.key == found["candidate"]), None)
     if candidate is None or found["gpu"] != [here.arch, here.sm_count]:
         arch, sms = found["gpu"]
@@ -159,4 +180,20 @@ def _plan_of(text: bytes, device: int) -> tuple[CudaPlan[Any], bool, int | None]
     return plan, found["bias"], found["layers"]
 
 
-ffi.register(TARGET, _handle)
+def _handle_dense(call: ffi.Call) -> None:
+    spec, dtype, run, on = _run_of(call.text, call.device)
+    dequantize.enqueue(call.stream, call.operands[0], call.results[0], spec, dtype, run, on)
+
+
+@functools.lru_cache(maxsize=4096)
+def _run_of(text: bytes, device: int) -> tuple[Spec, str, range, Gpu]:
+    found = json.loads(text)
+    return _spec(found), found["dtype"], range(*found["run"]), gpu(device)
+
+
+def _spec(found: dict[str, Any]) -> Spec:
+    return Spec(**{**found["spec"], "shape": tuple(found["spec"]["shape"])})
+
+
+ffi.register(MATMUL, _handle)
+ffi.register(DENSE, _handle_dense)
