@@ -210,7 +210,7 @@ def measure(M: int, both: dict[str, list[Weights]], stacks: dict[str, Weights]) 
         us, *spread = times[program, name]
         calls = each.calls if name == OURS else None
         first_us = statistics.median(each.firsts)
-        rows.append(Row(M, program, name, us, spread, first_us, each.compile_s, calls, error))
+        rows.append(Row(M, program, name, us, spread, first_us, each.compile_s, calls, float(error)))
     return rows
 
 

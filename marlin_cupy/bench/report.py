@@ -128,7 +128,7 @@ def header(**fields: Any) -> dict[str, Any]:
         },
         "commit": _commit(),
         "command": command(sys.argv),
-        "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
     }
     return found | fields
 

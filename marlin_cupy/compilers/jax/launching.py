@@ -83,13 +83,15 @@ def transposed(spec: Spec, dy: Any, packed: Any) -> Any:
         dy: [M, N], M > 0.
         packed: the weight.
     """
-    dtype, pieces = dy.dtype.name, []
+    dtype = dy.dtype.name
+    pieces: list[Any] = []
+    one_at_a_time: Any = jax.lax.optimization_barrier
     if gpu_count():
         dequantize.load(spec, dtype, _target())  # before XLA records launches of it
     for run in dequantize.runs(spec):
         call: Any = jax.ffi.ffi_call(DENSE, _result((spec.shape[1], SLAB_K * len(run)), dy.dtype, dy))
         text = {"spec": dataclasses.asdict(spec), "dtype": dtype, "run": [run.start, run.stop]}
-        packed, dy, pieces = jax.lax.optimization_barrier((packed, dy, pieces))  # one at a time, when it is needed
+        packed, dy, pieces = one_at_a_time((packed, dy, pieces))  # and not before dy is there
         weight = call(packed, text=json.dumps(text, sort_keys=True))
         pieces.append(jnp.matmul(dy, weight, preferred_element_type=jnp.float32).astype(dy.dtype))
     return jnp.concatenate(pieces, 1)[:, : spec.shape[0]]
