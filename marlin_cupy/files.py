@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import numpy
+import safetensors
 
 from marlin_cupy.errors import FileFormatError
 from marlin_cupy.spec import Spec
@@ -22,13 +22,29 @@ METADATA_KEY = "marlin_cupy"
 
 def check_packed(fields: Any, spec: Spec, packed: Any, where: object) -> None:
     """FileFormatError unless the NumPy array ``packed`` is what ``fields``, as :func:`described` made them, say."""
-    wrong = None
-    if packed.shape != spec.layout.packed_shape or packed.dtype != numpy.uint8:
-        wrong = f"packed is {packed.dtype}{packed.shape} for a weight of shape {spec.shape}"
-    elif fields != described(spec, packed):
-        wrong = "the checksum does not match the contents"
-    if wrong:
-        raise FileFormatError(f"{where} does not hold what it says: {wrong}; save it again.")
+    check_shape(spec, packed.shape, packed.dtype, where)
+    if fields != described(spec, packed):
+        raise FileFormatError(
+            f"{where} does not hold what it says: the checksum does not match the contents; save it again."
+        )
+
+
+def check_shape(spec: Spec, shape: tuple[int, ...], dtype: object, where: object) -> None:
+    """FileFormatError unless an array of that shape and dtype, a name of NumPy or safetensors, can hold ``spec``."""
+    if shape != spec.layout.packed_shape or str(dtype) not in ("uint8", "U8"):
+        raise FileFormatError(
+            f"{where} does not hold what it says: packed is {dtype}{shape} for a weight of shape {spec.shape}; "
+            "save it again."
+        )
+
+
+@contextlib.contextmanager
+def readable(path: Path) -> Iterator[None]:
+    """FileFormatError where safetensors cannot read ``path``."""
+    try:
+        yield
+    except (safetensors.SafetensorError, OSError, ValueError, TypeError, AttributeError) as error:
+        raise FileFormatError(f"{path} is not a readable safetensors file ({error}); save it again.") from error
 
 
 def described(spec: Spec, packed: Any) -> dict[str, Any]:

@@ -56,6 +56,14 @@ class Spec:
             )
         return found
 
+    def cut(self, rows: slice, columns: slice) -> tuple[Spec, tuple[slice, slice]]:
+        """The spec of W[rows, columns], and where that is in ``packed``; ValueError where nothing can be cut there."""
+        K, N = self.shape
+        k = _bounds("rows", rows, K, self.row_step, f"slabs of {SLAB_K} inputs and whole groups")
+        n = _bounds("columns", columns, N, SLAB_N, f"blocks of {SLAB_N} outputs")
+        part = dataclasses.replace(self, shape=(k[1] - k[0], n[1] - n[0]))
+        return part, (slice(n[0] // SLAB_N, -(-n[1] // SLAB_N)), slice(k[0] // SLAB_K, -(-k[1] // SLAB_K)))
+
     @staticmethod
     def checked(format: str, shape: tuple[int, int], group_size: int | None, scale_dtype: str) -> Spec:
         """With the format's own group size for None; ValueError where there can be no such weight."""
@@ -106,3 +114,15 @@ def checked_scale_dtype(scale_dtype: str) -> str:
     if scale_dtype not in HALF_DTYPES:
         raise ValueError(f"scale_dtype is {scale_dtype!r}; use {' or '.join(HALF_DTYPES)}.")
     return scale_dtype
+
+
+def _bounds(what: str, run: slice, size: int, step: int, pieces: str) -> tuple[int, int]:
+    """Where ``run`` of ``size`` begins and ends; ValueError unless a weight can be cut there."""
+    start, stop = 0 if run.start is None else run.start, size if run.stop is None else run.stop
+    if not 0 <= start < stop <= size or start % step or (stop % step and stop != size) or run.step not in (None, 1):
+        asked = f"{start!r} to {stop!r}" + ("" if run.step in (None, 1) else f" by {run.step!r}")
+        raise ValueError(
+            f"{what} {asked} of {size} were asked for; a packed weight is cut into {pieces}: "
+            f"use multiples of {step}, and {size} for the end."
+        )
+    return start, stop

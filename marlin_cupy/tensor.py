@@ -18,10 +18,10 @@ import safetensors.numpy
 from marlin_cupy import formats, frameworks, writes
 from marlin_cupy.device import CPU, Device, gpu, gpu_count, import_cupy, namespace
 from marlin_cupy.errors import DeviceError, FileFormatError, UnsupportedError
-from marlin_cupy.files import METADATA_KEY, check_packed, described, whole_file
+from marlin_cupy.files import METADATA_KEY, check_packed, check_shape, described, readable, whole_file
 from marlin_cupy.formats.scalars import BFLOAT16, FLOAT16, FLOAT32, HALF_DTYPES, MAX, from_bits, to_bits
 from marlin_cupy.frameworks import Framework
-from marlin_cupy.layout import SLAB_K, SLAB_N, Layout
+from marlin_cupy.layout import SLAB_N, Layout
 from marlin_cupy.spec import Spec, checked_group_size, checked_scale_dtype
 
 Array = Any  # an array of any library
@@ -292,9 +292,7 @@ class QuantizedTensor:
         Raises:
             ValueError: any other numbers.
         """
-        N = self.shape[1]
-        _check_cut("columns", start, stop, N, SLAB_N, f"blocks of {SLAB_N} outputs")
-        return self._cut(slice(start // SLAB_N, -(-stop // SLAB_N)), slice(None), (self.shape[0], stop - start))
+        return self._cut(slice(None), slice(start, stop))
 
     def rows(self, start: int, stop: int) -> QuantizedTensor:
         """The weight of inputs ``start`` to ``stop``, W[start:stop], in memory of its own.
@@ -305,9 +303,7 @@ class QuantizedTensor:
         Raises:
             ValueError: any other numbers.
         """
-        K = self.shape[0]
-        _check_cut("rows", start, stop, K, self.spec.row_step, f"slabs of {SLAB_K} inputs and whole groups")
-        return self._cut(slice(None), slice(start // SLAB_K, -(-stop // SLAB_K)), (stop - start, self.shape[1]))
+        return self._cut(slice(start, stop), slice(None))
 
     def shard(self, axis: int, index: int, count: int) -> QuantizedTensor:
         """One of ``count`` equal parts along K or N, for devices that share a product.
@@ -336,10 +332,10 @@ class QuantizedTensor:
         part = size // count
         return (self.rows, self.columns)[axis](index * part, (index + 1) * part)
 
-    def _cut(self, slabs_n: slice, slabs_k: slice, shape: tuple[int, int]) -> QuantizedTensor:
+    def _cut(self, rows: slice, columns: slice) -> QuantizedTensor:
+        spec, slabs = self.spec.cut(rows, columns)
         with _on(self.device):
-            packed = self._native[slabs_n, slabs_k].copy()
-        spec = Spec(self.format, shape, self.group_size, self.scale_dtype)
+            packed = self._native[slabs].copy()
         return QuantizedTensor(spec, frameworks.of(self.packed).from_native(packed))
 
     def update_(self, weight: Array, search: str = "absmax") -> QuantizedTensor:
@@ -506,36 +502,47 @@ def dequantize(w: QuantizedTensor, dtype: str | None = None) -> Array:
     return w.dequantize(dtype)
 
 
-def load(path: str | os.PathLike[str], device: str | Device = "cpu") -> QuantizedTensor:
-    """Read a file that :meth:`QuantizedTensor.save` wrote, checking every byte of it.
+def load(
+    path: str | os.PathLike[str],
+    device: str | Device = "cpu",
+    *,
+    rows: slice = slice(None),
+    columns: slice = slice(None),
+) -> QuantizedTensor:
+    """Read a file that :meth:`QuantizedTensor.save` wrote, checking every byte of it, or a part W[rows, columns].
+
+    Of a part nothing else is read, so that its bytes are not checked: the checksum is of all.
 
     Args:
         path: the file.
         device: "cpu" (a NumPy array) or "cuda[:N]" (a CuPy array).
+        rows, columns: where :meth:`QuantizedTensor.rows` and :meth:`QuantizedTensor.columns` can cut.
 
     Raises:
         FileNotFoundError: no such file. FileFormatError: not such a file, truncated, edited, of an unknown format
-            or of a future version. DeviceError: no such device. MissingDependencyError: a GPU was asked for and CuPy
-            is not installed.
+            or of a future version. ValueError: no such part. DeviceError: no such device. MissingDependencyError: a GPU
+            was asked for and CuPy is not installed.
     """
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"no file {path}.")
-    try:
-        with safetensors.safe_open(path, framework="numpy") as file:
-            metadata, names = file.metadata() or {}, list(file.keys())
-            packed = file.get_tensor("packed") if "packed" in names else None
-    except (safetensors.SafetensorError, OSError, ValueError, TypeError, AttributeError) as error:
-        raise FileFormatError(f"{path} is not a readable safetensors file ({error}); save it again.") from error
-    if METADATA_KEY not in metadata or packed is None:
+    with readable(path), safetensors.safe_open(path, framework="numpy") as file:
+        metadata, names = file.metadata() or {}, list(file.keys())
+        stored = file.get_slice("packed") if "packed" in names else None
+    if METADATA_KEY not in metadata or stored is None:
         raise FileFormatError(f"{path} holds no marlin_cupy weight; QuantizedTensor.save writes such files.")
     try:
         found = json.loads(metadata[METADATA_KEY])
     except ValueError as error:
         raise FileFormatError(f"{path} has damaged metadata ({error!r}); save it again.") from error
     spec = Spec.of_fields(found, path)
-    check_packed(found, spec, packed, path)
-    return QuantizedTensor(spec, packed).to(Device.parse(device))
+    check_shape(spec, tuple(stored.get_shape()), stored.get_dtype(), path)
+    part, slabs = spec.cut(rows, columns)
+    with readable(path):
+        packed = stored[slabs]
+    if part == spec:
+        check_packed(found, spec, packed, path)
+    return QuantizedTensor(part, packed).to(Device.parse(device))
 
 
 def _copied(whole: Spec, parts: tuple[Array, Array | None, Array | None]) -> QuantizedTensor:
@@ -634,15 +641,6 @@ def _check_range(spec: Spec, largest: float) -> None:
         raise ValueError(
             f"weights up to {largest:.3g} need scales of {needed:.3g} at most, which float16 holds coarsely or not at "
             'all; use scale_dtype="bfloat16" or rescale the weight.'
-        )
-
-
-def _check_cut(what: str, start: int, stop: int, size: int, step: int, pieces: str) -> None:
-    """ValueError unless a weight can be cut there."""
-    if not 0 <= start < stop <= size or start % step or (stop % step and stop != size):
-        raise ValueError(
-            f"{what} {start!r} to {stop!r} of {size} were asked for; a packed weight is cut into {pieces}: "
-            f"use multiples of {step}, and {size} for the end."
         )
 
 

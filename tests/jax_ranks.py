@@ -15,7 +15,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jax_arrays import check, check_gradient
 
 import marlin_cupy as mc
-from marlin_cupy.integrations.jax import partition_specs, shard
+from marlin_cupy.integrations.jax import abstract, from_shares, shard
 
 RANKS = 2
 K, N, M = 512, 256, 5
@@ -35,7 +35,8 @@ def main(rank: int, port: int) -> None:
 
 
 def check_shares(mesh: Mesh, rank: int, name: str) -> None:
-    whole = mc.quantize(gaussian(K, N, seed=1), name, 64)
+    dense = gaussian(K, N, seed=1)
+    whole = mc.quantize(dense, name, 64)
     x, dy = rows((M, K), seed=2, dtype="float16"), rows((M, N), seed=3, dtype="float16")
 
     def both(x: jax.Array, dy: jax.Array, w: mc.QuantizedTensor) -> tuple[jax.Array, jax.Array]:
@@ -44,7 +45,10 @@ def check_shares(mesh: Mesh, rank: int, name: str) -> None:
 
     program = jax.jit(both, out_shardings=NamedSharding(mesh, P()))
     for axis, of_w in ((1, P(None, "model")), (0, P("model"))):
-        for w in (of_shares(mesh, whole.shard(axis, rank, RANKS), whole, of_w), shard(whole, mesh, of_w)):
+        ways = of_shares(dense, whole, mesh, of_w), shard(whole, mesh, of_w)
+        assert_same(*ways)
+        np.testing.assert_array_equal(ways[0].packed.addressable_data(0), whole.shard(axis, rank, RANKS).packed)
+        for w in ways:
             assert len(w.packed.addressable_shards) == 1
             assert w.packed.addressable_shards[0].data.nbytes * RANKS == whole.nbytes
             y, dx = (np.asarray(each.addressable_data(0)) for each in program(of_all(mesh, x), of_all(mesh, dy), w))
@@ -57,15 +61,26 @@ def of_all(mesh: Mesh, x: np.ndarray) -> jax.Array:
     return jax.make_array_from_callback(x.shape, NamedSharding(mesh, P()), lambda index: x[index])
 
 
-def of_shares(mesh: Mesh, share: mc.QuantizedTensor, whole: mc.QuantizedTensor, of_w: Any) -> mc.QuantizedTensor:
-    """From what a rank has, and nobody has the whole: as a program that loads its share of a file would."""
-    part = share.to("jax")
-    specs = partition_specs(whole.to("jax"), mesh, of_w)
-    parts = [
-        jax.make_array_from_process_local_data(NamedSharding(mesh, of_part), np.asarray(array))
-        for array, of_part in zip(part.parts[:2], specs.parts[:2], strict=True)
-    ]
-    return mc.QuantizedTensor.of_parts(whole.spec, (*parts, None))
+def of_shares(dense: np.ndarray, whole: mc.QuantizedTensor, mesh: Mesh, of_w: Any) -> mc.QuantizedTensor:
+    """Each rank quantizes what it has; the whole says only what the result is."""
+    made = []
+
+    def share(rows: slice, columns: slice) -> mc.QuantizedTensor:
+        made.append((rows, columns))
+        return mc.quantize(dense[rows, columns], whole.format, whole.group_size, scale_dtype=whole.scale_dtype)
+
+    shape = jax.ShapeDtypeStruct(whole.shape, whole.scale_dtype)
+    w = from_shares(shard(abstract(shape, whole.format, whole.group_size), mesh, of_w), share)
+    assert len(made) == 1
+    return w
+
+
+def assert_same(w: mc.QuantizedTensor, expected: mc.QuantizedTensor) -> None:
+    """On this rank."""
+    assert w.whole == expected.whole
+    for part, other in zip(w.parts[:2], expected.parts[:2], strict=True):
+        assert part.sharding == other.sharding
+        np.testing.assert_array_equal(part.addressable_data(0), other.addressable_data(0))
 
 
 if __name__ == "__main__":

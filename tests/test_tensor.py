@@ -313,6 +313,43 @@ def test_a_saved_weight_loads_bit_for_bit(name: str, group_size: int, tmp_path: 
     assert os.listdir(tmp_path) == [path.name]
 
 
+@every_format
+@pytest.mark.parametrize("group_size", [-1, 64, 256])
+def test_a_part_of_a_file(name: str, group_size: int, tmp_path: Path) -> None:
+    w = mc.quantize(gaussian(600, 200, seed=26), name, group_size)
+    w.save(tmp_path / "w")
+    for run in (slice(None), slice(256), slice(256, 512), slice(512, None)):
+        for columns in (slice(None), slice(0, 64), slice(64, 192), slice(128, 200, 1)):
+            k, n = range(600)[run], range(200)[columns]
+            found = mc.load(tmp_path / "w", rows=run, columns=columns)
+            assert_same_weight(found, w.rows(k[0], k[-1] + 1).columns(n[0], n[-1] + 1))
+
+
+def test_of_a_part_nothing_else_is_read(saved: Path) -> None:
+    mc.quantize(gaussian(256, 128, seed=27), "uint4", 64).save(saved)
+    first, data = mc.load(saved, columns=slice(64)), bytearray(saved.read_bytes())
+    data[-1] ^= 1
+    saved.write_bytes(data)
+    with pytest.raises(mc.FileFormatError, match="checksum"):
+        mc.load(saved, rows=slice(256), columns=slice(0, 128))
+    assert_same_weight(mc.load(saved, columns=slice(64)), first)
+
+
+@pytest.mark.parametrize(
+    ("part", "reason"),
+    [
+        ({"rows": slice(8)}, r"rows 0 to 8 of 40 were asked for; .* multiples of 128, and 40 for the end"),
+        ({"columns": slice(0, 64)}, r"columns 0 to 64 of 20 were asked for"),
+        ({"columns": slice(5, None)}, r"columns 5 to 20 of 20 were asked for"),
+        ({"rows": slice(-1, None)}, r"rows -1 to 40 of 40 were asked for"),
+        ({"rows": slice(None, None, 2)}, r"rows 0 to 40 by 2 of 40 were asked for"),
+    ],
+)
+def test_parts_that_cannot_be_cut(saved: Path, part: dict[str, slice], reason: str) -> None:
+    with pytest.raises(ValueError, match=reason):
+        mc.load(saved, **part)
+
+
 def test_saving_replaces_a_file(saved: Path) -> None:
     other = mc.quantize(gaussian(100, 65, seed=27))
     other.save(saved)

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -14,7 +15,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from marlin_cupy import frameworks
 from marlin_cupy.compilers.jax import launching
 from marlin_cupy.formats.scalars import FLOAT16, HALF_DTYPES
-from marlin_cupy.layout import SLAB_N
+from marlin_cupy.layout import SLAB_K, SLAB_N
 from marlin_cupy.spec import Spec
 from marlin_cupy.tensor import QuantizedTensor
 
@@ -127,12 +128,68 @@ def shard(w: QuantizedTensor, mesh: Mesh, spec: PartitionSpec) -> QuantizedTenso
     Of an :func:`abstract` weight it makes the shapes of the whole, with their shardings.
     """
     specs = partition_specs(w, mesh, spec)
-    in_jax = w if isinstance(w.packed, jax.Array | jax.ShapeDtypeStruct) else w.to("jax")
     parts = [
         _spread(part, NamedSharding(mesh, of_part))
-        for part, of_part in zip(in_jax.parts[:2], specs.parts[:2], strict=True)
+        for part, of_part in zip(_in_jax(w).parts[:2], specs.parts[:2], strict=True)
     ]
     return QuantizedTensor.of_parts(w.whole, (*parts, None))
+
+
+def from_shares(like: QuantizedTensor, share: Callable[[slice, slice], QuantizedTensor]) -> QuantizedTensor:
+    """The weight that ``like`` describes, of which each process makes or reads no more than its devices get.
+
+    One share is made at a time. Every process that has devices of the mesh has to call it.
+
+    Args:
+        like: shapes and where they are to be, ``shard(abstract(...), mesh, spec)``.
+        share: called with (rows, columns), gives W[rows, columns] in any library, as
+            ``marlin_cupy.quantize(dense[rows, columns])`` or ``marlin_cupy.load(path, rows=rows, columns=columns)`` do.
+            With group_size -1, where a scale is that of all rows, only the latter gives a part of the rows.
+
+    Raises:
+        ValueError: ``like`` does not say where, or what ``share`` gave is not that share. TypeError: it is no weight.
+    """
+    sharding, of_factors = (getattr(part, "sharding", None) for part in like.parts[:2])
+    if not isinstance(sharding, NamedSharding) or not isinstance(of_factors, NamedSharding):
+        raise ValueError("like does not say where its shares are to be; pass shard(abstract(...), mesh, spec).")
+    shape, (K, N) = tuple(like.packed.shape), like.whole.shape
+    places: Any = sharding.addressable_devices_indices_map(shape)
+    holders: dict[Any, list[Any]] = {}  # by where in packed their share begins and ends
+    for device, index in places.items():
+        n, k = (run.indices(size)[:2] for run, size in zip(index[-3:-1], shape[-3:-1], strict=True))
+        holders.setdefault((*n, *k), []).append(device)
+    arrays: list[jax.Array] = []
+    for (n, n_end, k, k_end), devices in holders.items():
+        rows, columns = slice(k * SLAB_K, min(k_end * SLAB_K, K)), slice(n * SLAB_N, min(n_end * SLAB_N, N))
+        packed = _checked_share(like, rows, columns, share(rows, columns))
+        arrays += [jax.device_put(packed, device) for device in devices]
+        del packed  # before the next one is made
+    whole = jax.make_array_from_single_device_arrays(shape, sharding, arrays)
+    range_factors = _range_factors(like.whole, len(shape), of_factors)(whole)
+    return QuantizedTensor.of_parts(like.whole, (whole, range_factors, None))
+
+
+def _checked_share(like: QuantizedTensor, rows: slice, columns: slice, found: QuantizedTensor) -> Any:
+    """What is packed in ``found``, in JAX; ValueError or TypeError if that is not what is there of ``like``."""
+    if not isinstance(found, QuantizedTensor):
+        raise TypeError(f"share({rows}, {columns}) gave a {type(found).__name__}; it has to give a QuantizedTensor.")
+    spec, _ = like.whole.cut(rows, columns)
+    shape = (*like.packed.shape[:-3], *spec.layout.packed_shape)
+    if found.whole != spec or tuple(found.packed.shape) != shape:
+        wanted = QuantizedTensor.of_parts(spec, (_Shape(shape, jnp.uint8), None, None))
+        raise ValueError(f"share({rows}, {columns}) gave {found!r}; it has to give {wanted!r}.")
+    return _in_jax(found).packed
+
+
+@functools.cache
+def _range_factors(whole: Spec, rank: int, sharding: NamedSharding) -> Any:
+    """A program that makes them from what is packed; devices that split K exchange their largest scales for it."""
+    make = whole.layout.range_factors
+    return jax.jit(make if rank == 3 else jax.vmap(make), out_shardings=sharding)
+
+
+def _in_jax(w: QuantizedTensor) -> QuantizedTensor:
+    return w if isinstance(w.packed, jax.Array | jax.ShapeDtypeStruct) else w.to("jax")
 
 
 def _spread(part: Any, sharding: NamedSharding) -> Any:
