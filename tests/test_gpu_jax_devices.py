@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from pathlib import Path
 from types import ModuleType
 from typing import Any
 
@@ -10,6 +11,7 @@ import numpy as np
 import pytest
 from cases import HALF, gaussian, rows
 from product import Product
+from ranks import run_ranks
 
 import marlin_cupy as mc
 
@@ -106,3 +108,7 @@ def test_a_stack_of_shares(jax: ModuleType) -> None:
         y = run(x, shard(stack(ws), mesh, P(None, "a")))
         for layer, w in enumerate(ws):
             check(y[layer], x, w, None, "float16", 1)
+
+
+def test_two_processes_with_a_gpu_each(jax: ModuleType, tmp_path: Path) -> None:
+    run_ranks(tmp_path, "cuda")

@@ -4,12 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
-import os
 import re
-import socket
-import subprocess
-import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -21,6 +16,7 @@ import pytest
 from cases import FORMATS
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jax_arrays import activations, check, check_gradient, check_sum, check_sum_of_parts, float64, runs, weight
+from ranks import run_ranks
 
 import marlin_cupy as mc
 from marlin_cupy.integrations.jax import export_checks, partition_specs, shard, stack
@@ -399,24 +395,4 @@ def test_what_is_refused_is_said_in_a_sentence(case: str) -> None:
 
 
 def test_two_processes_share_weights(tmp_path: Path) -> None:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    script = Path(__file__).with_name("jax_ranks.py")
-    environment = {**os.environ, "PYTHONPATH": str(Path(mc.__file__).parents[1]), "JAX_PLATFORMS": "cpu"}
-    environment.pop("XLA_FLAGS", None)
-    logs = [tmp_path / f"{rank}.log" for rank in range(2)]
-    ranks = []
-    for rank, log in enumerate(logs):
-        with log.open("w") as output:
-            command = [sys.executable, str(script), str(rank), str(port)]
-            ranks.append(subprocess.Popen(command, env=environment, stdout=output, stderr=subprocess.STDOUT))
-    try:
-        deadline = time.monotonic() + 300
-        codes = [rank.wait(max(1, deadline - time.monotonic())) for rank in ranks]
-    finally:
-        for rank in ranks:
-            rank.kill()
-            rank.wait()
-    assert codes == [0, 0], "\n".join(log.read_text() for log in logs)
-    assert [log.read_text().splitlines()[-1] for log in logs] == ["correct", "correct"]
+    run_ranks(tmp_path, "cpu")

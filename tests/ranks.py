@@ -1,0 +1,37 @@
+"""Two JAX processes on this machine, see jax_ranks.py."""
+
+from __future__ import annotations
+
+import os
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import marlin_cupy as mc
+
+
+def run_ranks(folder: Path, platform: str) -> None:
+    """``platform``: "cpu" or "cuda", of which each has one. Logs go into ``folder``."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    script = Path(__file__).with_name("jax_ranks.py")
+    environment = {**os.environ, "PYTHONPATH": str(Path(mc.__file__).parents[1]), "JAX_PLATFORMS": platform}
+    environment.pop("XLA_FLAGS", None)
+    logs = [folder / f"{rank}.log" for rank in range(2)]
+    ranks = []
+    for rank, log in enumerate(logs):
+        with log.open("w") as output:
+            command = [sys.executable, str(script), str(rank), str(port)]
+            ranks.append(subprocess.Popen(command, env=environment, stdout=output, stderr=subprocess.STDOUT))
+    try:
+        deadline = time.monotonic() + 300
+        codes = [rank.wait(max(1, deadline - time.monotonic())) for rank in ranks]
+    finally:
+        for rank in ranks:
+            rank.kill()
+            rank.wait()
+    assert codes == [0, 0], "\n".join(log.read_text() for log in logs)
+    assert [log.read_text().splitlines()[-1] for log in logs] == ["correct", "correct"]
