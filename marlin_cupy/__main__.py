@@ -21,7 +21,19 @@ import marlin_cupy as mc
 from marlin_cupy import formats, kernels
 from marlin_cupy.bench import shapes
 from marlin_cupy.bench.contenders import fill_normal
-from marlin_cupy.device import CPU, Device, Gpu, arch_of, gpu, gpu_count, gpu_of_arch, import_cupy, installed, no_gpu
+from marlin_cupy.device import (
+    CPU,
+    Device,
+    Gpu,
+    arch_of,
+    gpu,
+    gpu_count,
+    gpu_of_arch,
+    import_cupy,
+    installed,
+    no_gpu,
+    on,
+)
 from marlin_cupy.errors import CompileError, MissingDependencyError
 from marlin_cupy.formats.scalars import FLOAT16, FLOAT32, HALF_DTYPES, ROUNDOFF
 from marlin_cupy.jit import cache
@@ -144,7 +156,7 @@ def demo(
     weight = (rng.standard_normal((k, n), dtype=numpy.float32) / math.sqrt(k)).astype(numpy.float16)
     x = rng.standard_normal((m, k), dtype=numpy.float32).astype(numpy.float16)
 
-    with _on(place), console.status("") as status:
+    with on(place), console.status("") as status:
         status.update(f"quantizing {k} x {n} weights to {format} on {place}")
         native_weight, native_x = _moved(weight, place), _moved(x, place)
         w = mc.quantize(native_weight, format, group_size)
@@ -223,14 +235,6 @@ def _median_ms(call: Callable[[], object], place: Device, repeats: int, calls: i
             last.synchronize()
             times.append(events.get_elapsed_time(first, last))
     return statistics.median(times) / calls
-
-
-def _on(place: Device) -> contextlib.AbstractContextManager[object]:
-    """A context in which CuPy allocates and computes on ``place``; nothing for the CPU."""
-    if place == CPU:
-        return contextlib.nullcontext()
-    device: contextlib.AbstractContextManager[object] = import_cupy("a GPU").cuda.Device(place.index)
-    return device
 
 
 def _moved(array: Any, place: Device) -> Any:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import importlib
 import importlib.metadata
@@ -105,6 +106,15 @@ def import_cupy(purpose: str) -> ModuleType:
             "pip install 'marlin_cupy[cuda13]' (or [cuda12] for a CUDA 12 driver)."
         ) from error
     return cupy
+
+
+def on(device: Device) -> contextlib.AbstractContextManager[Any]:
+    """A context in which CuPy allocates and computes on ``device``; nothing for the CPU.
+
+    Around all that is done with CuPy's arrays but launches of our kernels: another GPU may be the thread's current one,
+    for instance after JAX has used several, and CuPy would compute, and wait, there.
+    """
+    return contextlib.nullcontext() if device == CPU else import_cupy("GPU memory").cuda.Device(device.index)
 
 
 def namespace(array: Any) -> ModuleType:

@@ -16,7 +16,7 @@ import safetensors
 import safetensors.numpy
 
 from marlin_cupy import formats, frameworks, writes
-from marlin_cupy.device import CPU, Device, gpu, gpu_count, import_cupy, namespace
+from marlin_cupy.device import CPU, Device, gpu, gpu_count, import_cupy, namespace, on
 from marlin_cupy.errors import DeviceError, FileFormatError, UnsupportedError
 from marlin_cupy.files import METADATA_KEY, check_packed, check_shape, described, readable, whole_file
 from marlin_cupy.formats.scalars import BFLOAT16, FLOAT16, FLOAT32, HALF_DTYPES, MAX, from_bits, to_bits
@@ -96,7 +96,7 @@ class QuantizedTensor:
         self._describe(spec, packed, range_factors)
         self._place()
         if self.range_factors is None and (self.device != CPU or framework.takes_apart):
-            with _on(self.device):
+            with on(self.device):
                 self._factors = layout.range_factors(self._native)
             self.range_factors = framework.from_native(self._factors)
             self._place_factors(self.range_factors)
@@ -221,7 +221,8 @@ class QuantizedTensor:
 
     def unpack(self) -> Unpacked:
         """Logical codes and parameters as NumPy or CuPy arrays: the exact inverse of :func:`pack`."""
-        codes, bits = self.layout.unpack(self._native, self.shape[1])
+        with on(self.device):
+            codes, bits = self.layout.unpack(self._native, self.shape[1])
         dtype = _NUMPY_DTYPES[self.scale_dtype]
         zero_points = bits.get(formats.ZERO_POINT)
         return Unpacked(
@@ -237,7 +238,7 @@ class QuantizedTensor:
         if dtype not in _NUMPY_DTYPES:
             raise ValueError(f"dtype is {dtype!r}; use one of {', '.join(_NUMPY_DTYPES)}.")
         xp = namespace(self._native)
-        with _on(self.device):
+        with on(self.device):
             result = xp.empty(self.shape, dtype=_NUMPY_DTYPES[dtype])
             for columns, values in self.blocks():
                 if dtype == FLOAT32:
@@ -249,8 +250,9 @@ class QuantizedTensor:
     def blocks(self) -> Iterator[tuple[slice, Array]]:
         """The dequantized matrix a run of columns at a time: (columns, native float32[K, columns])."""
         for columns in _column_blocks(self.shape, self.device):
-            packed = self._native[columns.start // SLAB_N : -(-columns.stop // SLAB_N)]
-            values = decoded(self.layout, packed, columns.stop - columns.start)
+            with on(self.device):
+                packed = self._native[columns.start // SLAB_N : -(-columns.stop // SLAB_N)]
+                values = decoded(self.layout, packed, columns.stop - columns.start)
             yield columns, values
 
     def to(self, where: str | Device) -> QuantizedTensor:
@@ -263,7 +265,7 @@ class QuantizedTensor:
         if isinstance(where, str) and where in frameworks.NAMES:
             native = self._native
             if where == "numpy" and self.device != CPU:
-                native = native.get()
+                native = _moved(native, CPU)
             elif where == "cupy" and self.device == CPU:
                 return self.to("cuda")
             factors = None if where == "numpy" else self._factors
@@ -334,7 +336,7 @@ class QuantizedTensor:
 
     def _cut(self, rows: slice, columns: slice) -> QuantizedTensor:
         spec, slabs = self.spec.cut(rows, columns)
-        with _on(self.device):
+        with on(self.device):
             packed = self._native[slabs].copy()
         return QuantizedTensor(spec, frameworks.of(self.packed).from_native(packed))
 
@@ -371,7 +373,7 @@ class QuantizedTensor:
     def _refresh_factors(self) -> None:
         """In the same memory, since launches in graphs read it."""
         if self._factors is not None:
-            with _on(self.device):
+            with on(self.device):
                 self._factors[...] = self.layout.range_factors(self._native)
 
     def __reduce__(self) -> tuple[Callable[..., QuantizedTensor], tuple[Any, ...]]:
@@ -386,7 +388,7 @@ class QuantizedTensor:
         The file appears whole or not at all.
         """
         path = Path(path)
-        packed = numpy.ascontiguousarray(self._native if self.device == CPU else self._native.get())
+        packed = numpy.ascontiguousarray(self._native if self.device == CPU else _moved(self._native, CPU))
         metadata = {METADATA_KEY: json.dumps(described(self.spec, packed), sort_keys=True)}
         with whole_file(path) as temporary:
             safetensors.numpy.save_file({"packed": packed}, temporary, metadata=metadata)
@@ -429,7 +431,7 @@ def quantize(
     if device is not None and Device.parse(device) != _device_of(native):
         native = _moved(native, Device.parse(device))
     xp = namespace(native)
-    with _on(_device_of(native)):
+    with on(_device_of(native)):
         packed = xp.empty(spec.layout.packed_shape, dtype=xp.uint8)
         _encode(native, spec, search, packed)
         framework.settle(native)
@@ -477,18 +479,18 @@ def pack(
     for name in definition.params:
         if native[name].shape != groups:
             raise ValueError(f"{name}s have shape {native[name].shape}; group_size {group_size} needs {groups}.")
-    if int(native["codes"].max()) > definition.max_code:
-        raise ValueError(f"the largest code is {int(native['codes'].max())}; {format} has {definition.bits} bits.")
-    xp = namespace(native["codes"])
-    params = {formats.SCALE: from_bits(xp.ascontiguousarray(native[formats.SCALE]).view(xp.uint16), scale_dtype)}
-    if not bool(xp.isfinite(params[formats.SCALE]).all()):
-        raise ValueError("scales contain NaN or infinity.")
-    if formats.ZERO_POINT in native:
-        points = native[formats.ZERO_POINT].astype(xp.float32)
-        if bool(((points < 0) | (points > definition.max_code) | (points != xp.rint(points))).any()):
-            raise ValueError(f"zero_points must be integers from 0 to {definition.max_code}.")
-        params[formats.ZERO_POINT] = points
-    with _on(devices["codes"]):
+    with on(devices["codes"]):
+        if int(native["codes"].max()) > definition.max_code:
+            raise ValueError(f"the largest code is {int(native['codes'].max())}; {format} has {definition.bits} bits.")
+        xp = namespace(native["codes"])
+        params = {formats.SCALE: from_bits(xp.ascontiguousarray(native[formats.SCALE]).view(xp.uint16), scale_dtype)}
+        if not bool(xp.isfinite(params[formats.SCALE]).all()):
+            raise ValueError("scales contain NaN or infinity.")
+        if formats.ZERO_POINT in native:
+            points = native[formats.ZERO_POINT].astype(xp.float32)
+            if bool(((points < 0) | (points > definition.max_code) | (points != xp.rint(points))).any()):
+                raise ValueError(f"zero_points must be integers from 0 to {definition.max_code}.")
+            params[formats.ZERO_POINT] = points
         packed = spec.layout.pack(native["codes"], params)
         for name, (framework, _) in resolved.items():
             framework.settle(native[name])
@@ -554,7 +556,7 @@ def _copied(whole: Spec, parts: tuple[Array, Array | None, Array | None]) -> Qua
 def _encode(weight: Any, spec: Spec, search: str, packed: Any) -> None:
     """Quantize a checked native ``weight`` into ``packed``, a run of columns at a time."""
     format, layout = formats.get(spec.format), spec.layout
-    with _on(_device_of(packed)):
+    with on(_device_of(packed)):
         for columns in _column_blocks(spec.shape, _device_of(packed)):
             grouped = _grouped(_as_float32(weight[:, columns]), layout, 0)
             codes, params = format.quantize(grouped, spec.scale_dtype, search)
@@ -614,7 +616,7 @@ def _checked_weight(weight: Array, search: str) -> tuple[Framework, Any, str, fl
         raise ValueError(f"weight is {dtype}; use float16, bfloat16 or float32.")
     native = framework.to_native(weight)
     device = _device_of(native)
-    with _on(device):
+    with on(device):
         xp = namespace(native)
         largest = 0.0
         for columns in _column_blocks(tuple(native.shape), device):
@@ -653,20 +655,22 @@ def _device_of(native: Any) -> Device:
     return frameworks.of(native).device(native)
 
 
-def _on(device: Device) -> Any:
-    """A context in which CuPy allocates and computes on ``device``; nothing for the CPU."""
-    return contextlib.nullcontext() if device == CPU else import_cupy("GPU memory").cuda.Device(device.index)
-
-
 def _moved(native: Any, device: Device) -> Any:
     """A copy of a native array on ``device``."""
+    source = _device_of(native)
     if device == CPU:
-        return native.get()
+        with on(source):
+            return native.get()
     if device.index >= gpu_count():
         gpu(device.index)  # raises with the reason
     cupy = import_cupy("moving a weight to a GPU")
-    with cupy.cuda.Device(device.index):
-        return cupy.asarray(native)
+    if source != CPU:  # streams of two GPUs wait for nothing of one another
+        cupy.cuda.Device(source.index).synchronize()
+    with on(device):
+        moved = cupy.asarray(native)
+        if source != CPU:
+            cupy.cuda.get_current_stream().synchronize()
+    return moved
 
 
 __all__ = ["QuantizedTensor", "Unpacked", "dequantize", "load", "pack", "quantize"]

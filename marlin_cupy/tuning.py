@@ -216,8 +216,8 @@ class Rig:
     ) -> None:
         self._stream.synchronize()
         self._weights.clear()
+        self._cupy.get_default_memory_pool().free_all_blocks()  # of the GPU that is current until the next line
         self._stack.close()
-        self._cupy.get_default_memory_pool().free_all_blocks()
 
     def measure(self, problem: Problem, candidates: Sequence[Candidate]) -> tuple[dict[str, float], dict[str, str]]:
         """By key: median microseconds of the candidates that are right, and what is wrong with the others."""

@@ -1,4 +1,4 @@
-"""Products in JAX on two GPUs and more: by shares of the packed weight, in plain jit and in shard_map."""
+"""On two GPUs and more: products in JAX by shares of the packed weight, and what is on a GPU that is not current."""
 
 from __future__ import annotations
 
@@ -7,9 +7,11 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+import cupy
 import numpy as np
 import pytest
-from cases import HALF, gaussian, rows
+from cases import FORMATS, HALF, gaussian, rows
+from gpu_arrays import bits, to_gpu, to_jax
 from product import Product
 from ranks import run_ranks
 
@@ -112,3 +114,72 @@ def test_a_stack_of_shares(jax: ModuleType) -> None:
 
 def test_two_processes_with_a_gpu_each(jax: ModuleType, tmp_path: Path) -> None:
     run_ranks(tmp_path, "cuda")
+
+
+# ---- the second GPU is current, where JAX may have left it, and all is on the first. CuPy warns of kernels that read
+# from another GPU than the current one, and warnings are errors.
+
+
+def assert_on_first(w: mc.QuantizedTensor) -> None:
+    assert w.device.index == 0
+    assert {cupy.from_dlpack(part).device.id for part in w.parts[:2]} == {0}
+
+
+@pytest.mark.parametrize("name", FORMATS)
+@pytest.mark.parametrize("held", ["cupy", "jax"])
+def test_weights_are_made_where_they_are(jax: ModuleType, name: str, held: str, tmp_path: Path) -> None:
+    dense, other = gaussian(512, 320, seed=1, dtype="float16"), gaussian(512, 320, seed=2, dtype="float16")
+    expected = mc.quantize(dense, name, 64)
+    with cupy.cuda.Device(0):
+        weight = to_gpu(dense) if held == "cupy" else to_jax(jax, to_gpu(dense))
+        new = to_gpu(other) if held == "cupy" else to_jax(jax, to_gpu(other))
+    with cupy.cuda.Device(1):
+        w = mc.quantize(weight, name, 64)
+        w.save(tmp_path / "w")
+        for made in (w, w.to("jax"), w.to("jax").to("cupy"), mc.pack(*w.unpack(), format=name, group_size=64)):
+            cupy.cuda.Device(1).use()  # JAX may have changed that
+            assert_on_first(made)
+            np.testing.assert_array_equal(made.to("numpy").packed, expected.packed)
+            np.testing.assert_array_equal(np.asarray(made.to("cpu").packed), expected.packed)
+            np.testing.assert_array_equal(bits(made.dequantize()), expected.dequantize().view(np.uint16))
+            for part, of_host in (
+                (made.columns(64, 192), expected.columns(64, 192)),
+                (made.rows(128, 512), expected.rows(128, 512)),
+            ):
+                assert_on_first(part)
+                np.testing.assert_array_equal(part.to("numpy").packed, of_host.packed)
+        moved = w.to("cuda:1")
+        assert {moved.device.index, moved.packed.device.id, moved.range_factors.device.id} == {1}
+        np.testing.assert_array_equal(moved.to("numpy").packed, expected.packed)
+        np.testing.assert_array_equal(mc.load(tmp_path / "w", "cuda:0").to("numpy").packed, expected.packed)
+        w.update_(new)
+        w.mark_written()
+        np.testing.assert_array_equal(w.to("numpy").packed, mc.quantize(other, name, 64).packed)
+        factors = mc.quantize(other, name, 64).to("cuda:0").range_factors
+        np.testing.assert_array_equal(w.range_factors.get(), factors.get())
+
+
+@pytest.mark.parametrize("dtype", HALF)
+def test_products_are_computed_where_the_weight_is(jax: ModuleType, dtype: str) -> None:
+    dense, bias = gaussian(512, 320, seed=1), rows((320,), seed=3, dtype=dtype)
+    x = rows((2, 12, 512), seed=2, dtype=dtype)
+    half = np.ascontiguousarray(x[:, :6])
+    with cupy.cuda.Device(0):
+        w, its_bias = mc.quantize(to_gpu(dense), "int4", 64), to_gpu(bias)
+        on_gpu = [to_gpu(x), to_gpu(x)[:, :6]]  # the second has no view of shape (M, K)
+        expected = [bits(mc.matmul(each, w, its_bias)) for each in on_gpu]
+        in_jax, jax_bias = to_jax(jax, on_gpu[0]), to_jax(jax, its_bias)
+    with cupy.cuda.Device(1):
+        for each, y in zip(on_gpu, expected, strict=True):
+            found = mc.matmul(each, w, its_bias)
+            assert found.device.id == 0
+            np.testing.assert_array_equal(bits(found), y)
+        for each, y in zip((x, half), expected, strict=True):
+            np.testing.assert_array_equal(mc.matmul(each, w, bias).view(np.uint16), y)
+        for its in (w, w.to("jax")):
+            np.testing.assert_array_equal(bits(mc.matmul(in_jax, its, jax_bias)), expected[0])
+        there, its_bias = to_gpu(x), to_gpu(bias)
+    with cupy.cuda.Device(0):
+        moved = w.to("cuda:1")
+        assert {moved.packed.device.id, moved.range_factors.device.id} == {1}
+        np.testing.assert_array_equal(bits(mc.matmul(there, moved, its_bias)), expected[0])

@@ -40,7 +40,7 @@ class CupyFramework(StreamFramework):
 
     def from_native(self, native: Any) -> Any:
         """A CuPy array itself; a NumPy array is copied to the current GPU."""
-        return cupy.asarray(native)
+        return native if isinstance(native, cupy.ndarray) else cupy.asarray(native)
 
     def pointer(self, array: Any) -> int:
         """Device address of the first element."""
@@ -64,7 +64,10 @@ class CupyFramework(StreamFramework):
 
     def rows(self, array: Any) -> Any:
         """Leading axes folded into one."""
-        return array if array.ndim == 2 else array.reshape(-1, array.shape[-1])
+        if array.ndim == 2:
+            return array
+        with array.device:
+            return array.reshape(-1, array.shape[-1])
 
 
 FRAMEWORK = CupyFramework()

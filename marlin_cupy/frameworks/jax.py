@@ -75,13 +75,15 @@ class JaxFramework(Framework):
     def settle(self, native: Any) -> None:
         """Wait for CuPy's current stream, since JAX reuses memory in the order of its own."""
         if not isinstance(native, numpy.ndarray):
-            import_cupy("a JAX array on a GPU").cuda.get_current_stream().synchronize()
+            with native.device:
+                import_cupy("a JAX array on a GPU").cuda.get_current_stream().synchronize()
 
     def from_native(self, native: Any) -> Any:
         """A JAX array over a CuPy array's memory; a NumPy array is copied to JAX's CPU device."""
         if isinstance(native, numpy.ndarray):
             return jax.device_put(native, jax.local_devices(backend="cpu")[0])
-        return jax.dlpack.from_dlpack(native)
+        with native.device:  # whose current stream JAX is to wait for
+            return jax.dlpack.from_dlpack(native)
 
 
 FRAMEWORK = JaxFramework()

@@ -34,7 +34,10 @@ class NumpyFramework(Framework):
 
     def from_native(self, native: Any) -> Any:
         """A NumPy array itself; a CuPy array is copied to host memory."""
-        return native if isinstance(native, numpy.ndarray) else native.get()
+        if isinstance(native, numpy.ndarray):
+            return native
+        with native.device:
+            return native.get()
 
 
 FRAMEWORK = NumpyFramework()

@@ -76,7 +76,8 @@ class TorchFramework(StreamFramework):
             return torch.from_numpy(native.view(numpy.int16)).view(torch.bfloat16)
         if isinstance(native, numpy.ndarray):
             return torch.from_numpy(native)
-        return torch.utils.dlpack.from_dlpack(native)
+        with native.device:  # whose current stream PyTorch is to wait for
+            return torch.utils.dlpack.from_dlpack(native)
 
     def pointer(self, array: Any) -> int:
         """Device address of the first element."""

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from marlin_cupy import matmul
-from marlin_cupy.device import CPU, import_cupy
+from marlin_cupy.device import CPU, import_cupy, on
 from marlin_cupy.formats.scalars import HALF_DTYPES
 from marlin_cupy.integrations.jax import abstract
 from marlin_cupy.tensor import QuantizedTensor, quantize
@@ -27,10 +27,12 @@ def quantized(
         return abstract(weight, format, group_size, scale_dtype=scale_dtype)
     w = quantize(weight, format, group_size, scale_dtype=scale_dtype, search=search).to("jax")
     own: QuantizedTensor = jax.tree.map(jnp.copy, w)
-    if w.device != CPU:
+    device = w.device
+    if device != CPU:
         own.packed.block_until_ready()
         del w  # CuPy's memory, for the next layer's dense weight in JAX's
-        import_cupy("a GPU").get_default_memory_pool().free_all_blocks()
+        with on(device):
+            import_cupy("a GPU").get_default_memory_pool().free_all_blocks()
     return own
 
 

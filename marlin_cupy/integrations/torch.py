@@ -18,7 +18,7 @@ import safetensors.torch
 import torch
 
 from marlin_cupy.compilers.torch import multiply
-from marlin_cupy.device import import_cupy
+from marlin_cupy.device import import_cupy, on
 from marlin_cupy.errors import FileFormatError
 from marlin_cupy.files import METADATA_KEY, check_packed, described, whole_file
 from marlin_cupy.integrations.replacing import Filter, Report, matches
@@ -352,7 +352,8 @@ def quantize_model_(
                     replaced[name] = its.spec
             del first, others_alike, layer  # their memory is to be free before the next one is quantized
             if new.packed.is_cuda:
-                import_cupy("a GPU").get_default_memory_pool().free_all_blocks()
+                with on(new.quantized.device):
+                    import_cupy("a GPU").get_default_memory_pool().free_all_blocks()
     return Report(replaced, kept, before, after)
 
 
