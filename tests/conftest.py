@@ -18,7 +18,7 @@ from typing import Any
 import hypothesis
 import pytest
 
-from marlin_cupy.device import gpu, gpu_count
+from marlin_cupy.device import gpu, gpu_count, import_cupy
 from marlin_cupy.jit.cache import BUNDLE_VARIABLE, CACHE_VARIABLE
 from marlin_cupy.jit.launch import Function
 
@@ -87,6 +87,13 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         elsewhere = [item for item in items if any(item.get_closest_marker(name) for name in here if not here[name])]
         items[:] = [item for item in items if item not in elsewhere]
         config.hook.pytest_deselected(items=elsewhere)
+
+
+@pytest.fixture(autouse=True)
+def _first_gpu(request: pytest.FixtureRequest) -> None:
+    """Is the current one when a test begins; with several of them JAX leaves another one current."""
+    if request.node.get_closest_marker("gpu"):
+        import_cupy("a test").cuda.Device(0).use()
 
 
 @pytest.fixture(scope="module")

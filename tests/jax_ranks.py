@@ -23,7 +23,7 @@ P: Any = PartitionSpec
 
 
 def main(rank: int, port: int) -> None:
-    on_gpus = jax.config.jax_platforms == "cuda"
+    on_gpus = jax.config.jax_platforms.startswith("cuda")
     if not on_gpus:
         jax.config.update("jax_cpu_collectives_implementation", "gloo")
     mine = [rank] if on_gpus else None

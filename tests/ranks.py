@@ -12,13 +12,13 @@ from pathlib import Path
 import marlin_cupy as mc
 
 
-def run_ranks(folder: Path, platform: str) -> None:
-    """``platform``: "cpu" or "cuda", of which each has one. Logs go into ``folder``."""
+def run_ranks(folder: Path, platforms: str) -> None:
+    """With JAX's ``platforms``, of whose first each has one device. Logs go into ``folder``."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     script = Path(__file__).with_name("jax_ranks.py")
-    environment = {**os.environ, "PYTHONPATH": str(Path(mc.__file__).parents[1]), "JAX_PLATFORMS": platform}
+    environment = {**os.environ, "PYTHONPATH": str(Path(mc.__file__).parents[1]), "JAX_PLATFORMS": platforms}
     environment.pop("XLA_FLAGS", None)
     logs = [folder / f"{rank}.log" for rank in range(2)]
     ranks = []

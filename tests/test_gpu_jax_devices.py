@@ -113,7 +113,7 @@ def test_a_stack_of_shares(jax: ModuleType) -> None:
 
 
 def test_two_processes_with_a_gpu_each(jax: ModuleType, tmp_path: Path) -> None:
-    run_ranks(tmp_path, "cuda")
+    run_ranks(tmp_path, "cuda,cpu")
 
 
 # ---- the second GPU is current, where JAX may have left it, and all is on the first. CuPy warns of kernels that read
@@ -178,6 +178,7 @@ def test_products_are_computed_where_the_weight_is(jax: ModuleType, dtype: str) 
             np.testing.assert_array_equal(mc.matmul(each, w, bias).view(np.uint16), y)
         for its in (w, w.to("jax")):
             np.testing.assert_array_equal(bits(mc.matmul(in_jax, its, jax_bias)), expected[0])
+    with cupy.cuda.Device(1):
         there, its_bias = to_gpu(x), to_gpu(bias)
     with cupy.cuda.Device(0):
         moved = w.to("cuda:1")

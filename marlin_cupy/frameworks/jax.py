@@ -79,11 +79,19 @@ class JaxFramework(Framework):
                 import_cupy("a JAX array on a GPU").cuda.get_current_stream().synchronize()
 
     def from_native(self, native: Any) -> Any:
-        """A JAX array over a CuPy array's memory; a NumPy array is copied to JAX's CPU device."""
+        """A JAX array over a CuPy array's memory; a NumPy array is copied to JAX's CPU device, the default one if none."""
         if isinstance(native, numpy.ndarray):
-            return jax.device_put(native, jax.local_devices(backend="cpu")[0])
+            return jax.device_put(native, _cpu())
         with native.device:  # whose current stream JAX is to wait for
             return jax.dlpack.from_dlpack(native)
+
+
+def _cpu() -> Any:
+    """None where JAX was told to leave the CPU alone, as with JAX_PLATFORMS=cuda."""
+    try:
+        return jax.local_devices(backend="cpu")[0]
+    except RuntimeError:
+        return None
 
 
 FRAMEWORK = JaxFramework()
