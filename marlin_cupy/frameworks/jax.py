@@ -79,7 +79,7 @@ class JaxFramework(Framework):
                 import_cupy("a JAX array on a GPU").cuda.get_current_stream().synchronize()
 
     def from_native(self, native: Any) -> Any:
-        """A JAX array over a CuPy array's memory; a NumPy array is copied to JAX's CPU device, the default one if none."""
+        """A JAX array over a CuPy array's memory; a NumPy array is copied to JAX's CPU, or default device if none."""
         if isinstance(native, numpy.ndarray):
             return jax.device_put(native, _cpu())
         with native.device:  # whose current stream JAX is to wait for
