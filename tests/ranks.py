@@ -33,5 +33,6 @@ def run_ranks(folder: Path, platforms: str) -> None:
         for rank in ranks:
             rank.kill()
             rank.wait()
-    assert codes == [0, 0], "\n".join(log.read_text() for log in logs)
-    assert [log.read_text().splitlines()[-1] for log in logs] == ["correct", "correct"]
+    said = [log.read_text() for log in logs]
+    assert codes == [0, 0], "\n".join(said)
+    assert all("correct" in each.splitlines() for each in said)  # JAX may go on to say how it ended
