@@ -82,12 +82,8 @@ template <class T, u32 zero_point>
 struct SubnormalScales {
     static constexpr bool needs_factors = true;
     static constexpr float unit = 1.0f / (1 << 24), lifted = T::narrow ? 1.0f : 0x1p109f;
+    static constexpr u32 minus_zero_point = 0x80008000u | zero_point * 0x00010001u;
     u32 scale[2], zero[2];  // of rows g and g + 8, in both halves
 
-    SubnormalScales() = default;
-    __device__ SubnormalScales(float scale_g, float scale_g8)
-        : scale{T::pack(scale_g * lifted, scale_g * lifted), T::pack(scale_g8 * lifted, scale_g8 * lifted)} {
-#pragma unroll
-        for (int i = 0; i < 2; ++i) zero[i] = T::multiply(scale[i], 0x80008000u | zero_point * 0x00010001u);
-    }
+    static __device__ u32 pair(float scale) { return T::pack(scale * lifted, scale * lifted); }
 };
