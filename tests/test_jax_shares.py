@@ -147,3 +147,8 @@ def test_where_shares_are_to_be_is_said_before_they_are_made() -> None:
             from_shares(nowhere, lambda rows, columns: pytest.fail("was asked for"))
     with pytest.raises(ValueError, match="K=1024 cannot be split among 4 devices: each needs a multiple of 512"):
         like("rows", "int4", 512)
+
+
+def test_a_shape_alone_is_no_weight() -> None:
+    with pytest.raises(TypeError, match=r"weight is a tuple; pass jax\.ShapeDtypeStruct\(\(K, N\), dtype\)\."):
+        abstract((K, N))

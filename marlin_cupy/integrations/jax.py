@@ -77,8 +77,10 @@ def abstract(
         layers: of a stack; None: one weight.
 
     Raises:
-        ValueError: there is no such weight.
+        ValueError: there is no such weight. TypeError: ``weight`` has no shape or no dtype.
     """
+    if not (hasattr(weight, "shape") and hasattr(weight, "dtype")):
+        raise TypeError(f"weight is a {type(weight).__name__}; pass jax.ShapeDtypeStruct((K, N), dtype).")
     dtype = weight.dtype.name
     spec = Spec.checked(
         format, tuple(weight.shape), group_size, scale_dtype or (dtype if dtype in HALF_DTYPES else FLOAT16)
