@@ -64,6 +64,17 @@ class Spec:
         part = dataclasses.replace(self, shape=(k[1] - k[0], n[1] - n[0]))
         return part, (slice(n[0] // SLAB_N, -(-n[1] // SLAB_N)), slice(k[0] // SLAB_K, -(-k[1] // SLAB_K)))
 
+    def equal_part(self, axis: int, count: int) -> int:
+        """The size of each of ``count`` equal parts of K (axis 0) or N (1); ValueError where it cannot be cut so."""
+        size, step = self.shape[axis], (self.row_step, SLAB_N)[axis]
+        if count > 1 and size % (count * step):
+            fits = [str(n) for n in range(1, max(1, size // step) + 1) if n == 1 or size % (n * step) == 0]
+            raise ValueError(
+                f"{'KN'[axis]}={size} cannot be cut into {count} equal parts at multiples of {step}; "
+                f"into {', '.join(fits)} it can."
+            )
+        return size // count
+
     @staticmethod
     def checked(format: str, shape: tuple[int, int], group_size: int | None, scale_dtype: str) -> Spec:
         """With the format's own group size for None; ValueError where there can be no such weight."""

@@ -324,14 +324,7 @@ class QuantizedTensor:
             raise ValueError(f"axis is {axis!r}; 0 cuts K and 1 cuts N.")
         if not 0 <= index < count:
             raise ValueError(f"index is {index!r} of {count!r} parts; use 0 to count - 1.")
-        size, step = self.shape[axis], (self.spec.row_step, SLAB_N)[axis]
-        if count > 1 and size % (count * step):
-            fits = [str(n) for n in range(1, max(1, size // step) + 1) if n == 1 or size % (n * step) == 0]
-            raise ValueError(
-                f"{'KN'[axis]}={size} cannot be cut into {count} equal parts at multiples of {step}; "
-                f"into {', '.join(fits)} it can."
-            )
-        part = size // count
+        part = self.spec.equal_part(axis, count)
         return (self.rows, self.columns)[axis](index * part, (index + 1) * part)
 
     def _cut(self, rows: slice, columns: slice) -> QuantizedTensor:

@@ -355,17 +355,17 @@ REFUSALS: dict[str, tuple[Callable[[], Any], type[Exception], list[str]]] = {
     "columns for three devices": (
         lambda: shard(whole(), mesh(model=3), P(None, "model")),
         ValueError,
-        ["N=256", "3 devices", "multiple of 64", "Of fewer devices 1, 2 would do"],
+        ["N=256", "3 equal parts", "multiples of 64", "into 1, 2, 4 it can"],
     ),
     "rows for three devices": (
         lambda: shard(whole(), mesh(model=3), P("model")),
         ValueError,
-        ["K=512", "3 devices", "multiple of 128", "Of fewer devices 1, 2 would do"],
+        ["K=512", "3 equal parts", "multiples of 128", "into 1, 2, 4 it can"],
     ),
     "rows that cut groups": (
         lambda: shard(weight("int4", 256, (K, N)), LINE(), P("model")),
         ValueError,
-        ["K=512", "4 devices", "multiple of 256", "Of fewer devices 1, 2 would do"],
+        ["K=512", "4 equal parts", "multiples of 256", "into 1, 2 it can"],
     ),
     "an axis that is not there": (
         lambda: shard(whole(), SQUARE(), P(None, "tensor")),

@@ -528,3 +528,17 @@ def test_second_derivatives() -> None:
     exact = jax.jacrev(jax.grad(lambda x: loss(x @ dense)))(x.astype(jnp.float32))
     # y, both cotangents and both gradients are rounded to float16, once each
     assert np.linalg.norm(float64(found) - float64(exact)) <= 5 * 2.0**-11 * np.linalg.norm(float64(exact))
+
+
+def test_weights_of_numpy_go_to_the_default_device_where_jax_was_told_to_leave_the_cpu_alone(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def none(backend: str) -> list[Any]:
+        raise RuntimeError(f"Unknown backend {backend}. Available backends are ['cuda']")
+
+    monkeypatch.setattr(jax, "local_devices", none)
+    w = mc.quantize(gaussian(128, 64, seed=1))
+    with jax.default_device(jax.devices()[1]):
+        found = w.to("jax").packed
+    assert found.devices() == {jax.devices()[1]}
+    np.testing.assert_array_equal(np.asarray(found), w.packed)

@@ -145,7 +145,7 @@ def test_where_shares_are_to_be_is_said_before_they_are_made() -> None:
     for nowhere in (abstract(jax.ShapeDtypeStruct((K, N), jnp.float16)), mc.quantize(matrix()).to("jax")):
         with pytest.raises(ValueError, match=r"like does not say where .*; pass shard\(abstract"):
             from_shares(nowhere, lambda rows, columns: pytest.fail("was asked for"))
-    with pytest.raises(ValueError, match="K=1024 cannot be split among 4 devices: each needs a multiple of 512"):
+    with pytest.raises(ValueError, match="K=1024 cannot be cut into 4 equal parts at multiples of 512; into 1, 2"):
         like("rows", "int4", 512)
 
 

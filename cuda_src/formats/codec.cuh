@@ -73,17 +73,28 @@ struct ExactProducts {
     }
 };
 
-// Of weights that are integer codes minus a zero point, in one fma per pair. A code in the last bits of a 16-bit float is
-// a subnormal, code * least; in bfloat16 the eighth bit is the first of the exponent, which counts on. So
+// Scales for weights that are integer codes minus a zero point, decoded by one fma per pair. A code in the last bits of a
+// 16-bit float is a subnormal, code * least; in bfloat16 the eighth bit is the first of the exponent, which counts on. So
 // (code - zero_point) * least * scale is one fma, which rounds once. Scales carry a factor that puts an output's largest
 // at 2^14 to 2^15, and in bfloat16 2^109 more, which leave `unit`. In float16 the product may be subnormal too: it is then
 // a multiple of 2^-24, fine enough for scales within some 2^8 of the largest.
-template <class T, u32 zero_point>
+//
+// The codes of rows g + 8 sit at bit 0 as those of rows g, or at bit 4, where they are 16 times as much.
+template <class T, u32 zero_point, int second_bit>
 struct SubnormalScales {
     static constexpr bool needs_factors = true;
     static constexpr float unit = 1.0f / (1 << 24), lifted = T::narrow ? 1.0f : 0x1p109f;
-    static constexpr u32 minus_zero_point = 0x80008000u | zero_point * 0x00010001u;
     u32 scale[2], zero[2];  // of rows g and g + 8, in both halves
 
-    static __device__ u32 pair(float scale) { return T::pack(scale * lifted, scale * lifted); }
+    SubnormalScales() = default;
+    template <class Group>
+    __device__ SubnormalScales(const Group&, float scale_g, float scale_g8) {
+        static_assert(second_bit == 0 || second_bit == 4, "sixteen times, or as it is");
+        constexpr u32 minus_zero_point = 0x80008000u | zero_point * 0x00010001u;
+        scale[0] = T::pack(scale_g * lifted, scale_g * lifted);
+        const u32 second = T::pack(scale_g8 * lifted, scale_g8 * lifted);
+        scale[1] = second_bit ? T::multiply(second, T::sixteenth) : second;
+        zero[0] = T::multiply(scale[0], minus_zero_point);
+        zero[1] = T::multiply(second, minus_zero_point);
+    }
 };

@@ -3,20 +3,9 @@
 #include "formats/codec.cuh"
 #include "formats/nibble.cuh"
 
-// Codes where they are: those of rows g + 8 at bit 4, 16 times as much.
 template <class T>
-struct ScaledInt4 : SubnormalScales<T, 8> {
-    using Base = SubnormalScales<T, 8>;
-    using Base::scale, Base::zero;
-
-    ScaledInt4() = default;
-    __device__ ScaledInt4(const ScaleOnly<4>::Group&, float scale_g, float scale_g8) {
-        const u32 second = Base::pair(scale_g8);
-        scale[0] = Base::pair(scale_g);
-        scale[1] = T::multiply(second, T::sixteenth);
-        zero[0] = T::multiply(scale[0], Base::minus_zero_point);
-        zero[1] = T::multiply(second, Base::minus_zero_point);
-    }
+struct ScaledInt4 : SubnormalScales<T, 8, 4> {
+    using SubnormalScales<T, 8, 4>::SubnormalScales, SubnormalScales<T, 8, 4>::scale, SubnormalScales<T, 8, 4>::zero;
 
     __device__ void decode(u32 (&a)[4], const u32* words, u32) const {
         const u32 word = words[0], shifted = word >> 8;

@@ -24,17 +24,8 @@ struct Bytes<BFloat16> {
 };
 
 template <class T>
-struct ScaledInt8 : SubnormalScales<T, 128> {
-    using Base = SubnormalScales<T, 128>;
-    using Base::scale, Base::zero;
-
-    ScaledInt8() = default;
-    __device__ ScaledInt8(const ScaleOnly<8>::Group&, float scale_g, float scale_g8) {
-        scale[0] = Base::pair(scale_g);
-        scale[1] = Base::pair(scale_g8);
-#pragma unroll
-        for (int i = 0; i < 2; ++i) zero[i] = T::multiply(scale[i], Base::minus_zero_point);
-    }
+struct ScaledInt8 : SubnormalScales<T, 128, 0> {
+    using SubnormalScales<T, 128, 0>::SubnormalScales, SubnormalScales<T, 128, 0>::scale, SubnormalScales<T, 128, 0>::zero;
 
     __device__ void decode(u32 (&a)[4], const u32* words, u32) const {
 #pragma unroll

@@ -8,7 +8,6 @@ after the weight is on the GPU; of that, NVRTC, and loading the cubin into the d
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
 import subprocess
@@ -18,7 +17,6 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
@@ -139,8 +137,7 @@ def show(times: Sequence[CompileTime], console: Console) -> None:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Measure, show, and write JSON if asked to. The exit code is 1 without a GPU."""
-    parser = argparse.ArgumentParser(prog="python -m marlin_cupy.bench.compile_times", description=__doc__)
-    parser.add_argument("--output", type=Path, help="JSON file")
+    parser = report.parser("compile_times", __doc__)
     parser.add_argument("--format", action="append", choices=registry.names(), help="repeatable; all if not given")
     parser.add_argument("--dtype", default="float16", choices=("float16", "bfloat16"))
     parser.add_argument("--m", action="append", type=int, help="rows of x, repeatable; 1, 16, 32 and 64 if not given")

@@ -9,7 +9,6 @@ call when everything that Python does is taken away::
 
 from __future__ import annotations
 
-import argparse
 import functools
 import os
 import statistics
@@ -17,7 +16,6 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
@@ -160,9 +158,7 @@ def show(rows: Sequence[Overhead], missing: dict[str, str], console: Console) ->
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Measure, show, and write JSON if asked to. The exit code is 1 without a GPU."""
-    parser = argparse.ArgumentParser(prog="python -m marlin_cupy.bench.host_overhead", description=__doc__)
-    parser.add_argument("--output", type=Path, help="JSON file")
-    options = parser.parse_args(arguments)
+    options = report.parser("host_overhead", __doc__).parse_args(arguments)
     console = Console(width=report.WIDTH, highlight=False)
     if gpu_count() == 0:
         print(no_gpu("The benchmark"))

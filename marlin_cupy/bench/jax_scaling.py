@@ -15,13 +15,11 @@ A step is one call of the program whose result is the next one's argument; its t
 
 from __future__ import annotations
 
-import argparse
 import importlib
 import os
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy
@@ -151,13 +149,10 @@ def show(rows: Sequence[Row], console: Console) -> None:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Measure, show, and write JSON if asked to. The exit code is 1 without a GPU."""
-    parser = argparse.ArgumentParser(prog="python -m marlin_cupy.bench.jax_scaling", description=__doc__)
-    parser.add_argument("--output", type=Path, help="JSON file")
-    parser.add_argument("--layers", type=int, default=LAYERS)
+    parser = report.parser("jax_scaling", __doc__, LAYERS, M_VALUES)
     parser.add_argument(
         "--compiler-option", action="append", default=[], metavar="NAME=VALUE", help="of XLA, for all programs"
     )
-    parser.add_argument("--m", type=int, action="append", help=f"rows of x, repeatable; {M_VALUES} if not given")
     options = parser.parse_args(arguments)
     reason = unavailable()
     if reason is not None:

@@ -14,7 +14,6 @@ few come first and are timed apart: memory is elsewhere than when the program ra
 
 from __future__ import annotations
 
-import argparse
 import importlib
 import math
 import os
@@ -23,7 +22,6 @@ import sys
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any
 
 import ml_dtypes
@@ -247,11 +245,7 @@ def show(rows: Sequence[Row], console: Console) -> None:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Measure, show, and write JSON if asked to. The exit code is 1 without a GPU."""
-    parser = argparse.ArgumentParser(prog="python -m marlin_cupy.bench.jax_stack", description=__doc__)
-    parser.add_argument("--output", type=Path, help="JSON file")
-    parser.add_argument("--layers", type=int, default=LAYERS)
-    parser.add_argument("--m", type=int, action="append", help=f"rows of x, repeatable; {M_VALUES} if not given")
-    options = parser.parse_args(arguments)
+    options = report.parser("jax_stack", __doc__, LAYERS, M_VALUES).parse_args(arguments)
     reason = unavailable()
     if reason is not None:
         print(reason)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import dataclasses
 import datetime
 import itertools
@@ -114,6 +115,18 @@ def _finite(value: Any) -> Any:
 
 
 # ---- header
+
+
+def parser(
+    module: str, about: str | None, layers: int | None = None, m_values: Sequence[int] = ()
+) -> argparse.ArgumentParser:
+    """What every benchmark takes, --output; where it is of a model's layers, --layers and --m too."""
+    found = argparse.ArgumentParser(prog=f"python -m marlin_cupy.bench.{module}", description=about)
+    found.add_argument("--output", type=Path, help="JSON file")
+    if layers is not None:
+        found.add_argument("--layers", type=int, default=layers)
+        found.add_argument("--m", type=int, action="append", help=f"rows of x, repeatable; {m_values} if not given")
+    return found
 
 
 def header(**fields: Any) -> dict[str, Any]:

@@ -11,12 +11,10 @@ A time is that of the whole stack for M rows: what the GPU takes, or the host wh
 
 from __future__ import annotations
 
-import argparse
 import importlib
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any
 
 from rich import box
@@ -188,12 +186,9 @@ def show(rows: Sequence[Row], console: Console) -> None:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Measure, show, and write JSON if asked to. The exit code is 1 without a GPU."""
-    parser = argparse.ArgumentParser(prog="python -m marlin_cupy.bench.torch_stack", description=__doc__)
-    parser.add_argument("--output", type=Path, help="JSON file")
-    parser.add_argument("--layers", type=int, default=LAYERS)
+    parser = report.parser("torch_stack", __doc__, LAYERS, M_VALUES)
     parser.add_argument("--format", default="int4")
     parser.add_argument("--group-size", type=int, default=None)
-    parser.add_argument("--m", type=int, action="append", help=f"rows of x, repeatable; {M_VALUES} if not given")
     options = parser.parse_args(arguments)
     if gpu_count() == 0 or not torch.cuda.is_available():
         print(no_gpu("The benchmark"))

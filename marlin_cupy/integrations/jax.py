@@ -107,15 +107,8 @@ def partition_specs(w: QuantizedTensor, mesh: Mesh, spec: PartitionSpec) -> Quan
     if len(spec) > 2:
         raise ValueError(f"spec is {spec}; a weight has two axes, (K, N).")
     axes_k, axes_n = (*spec, None, None)[:2]
-    K, N = w.whole.shape
-    for name, size, unit, axes in (("K", K, w.whole.row_step, axes_k), ("N", N, SLAB_N, axes_n)):
-        count = _count(mesh, axes)
-        if count > 1 and size % (unit * count):
-            fits = [str(each) for each in range(1, count) if each == 1 or size % (unit * each) == 0]
-            raise ValueError(
-                f"{name}={size} cannot be split among {count} devices: each needs a multiple of {unit}. "
-                f"Of fewer devices {', '.join(fits)} would do."
-            )
+    for axis, axes in enumerate((axes_k, axes_n)):
+        w.whole.equal_part(axis, _count(mesh, axes))
     lead = (None,) * (len(w.packed.shape) - 3)
     return QuantizedTensor.of_parts(
         w.whole, (_PartitionSpec(*lead, axes_n, axes_k, None), _PartitionSpec(*lead, axes_n), None)
@@ -132,7 +125,7 @@ def shard(w: QuantizedTensor, mesh: Mesh, spec: PartitionSpec) -> QuantizedTenso
     specs = partition_specs(w, mesh, spec)
     parts = [
         _spread(part, NamedSharding(mesh, of_part))
-        for part, of_part in zip(_in_jax(w).parts[:2], specs.parts[:2], strict=True)
+        for part, of_part in zip(in_jax(w).parts[:2], specs.parts[:2], strict=True)
     ]
     return QuantizedTensor.of_parts(w.whole, (*parts, None))
 
@@ -180,7 +173,7 @@ def _checked_share(like: QuantizedTensor, rows: slice, columns: slice, found: Qu
     if found.whole != spec or tuple(found.packed.shape) != shape:
         wanted = QuantizedTensor.of_parts(spec, (_Shape(shape, jnp.uint8), None, None))
         raise ValueError(f"share({rows}, {columns}) gave {found!r}; it has to give {wanted!r}.")
-    return _in_jax(found).packed
+    return in_jax(found).packed
 
 
 @functools.cache
@@ -190,7 +183,8 @@ def _range_factors(whole: Spec, rank: int, sharding: NamedSharding) -> Any:
     return jax.jit(make if rank == 3 else jax.vmap(make), out_shardings=sharding)
 
 
-def _in_jax(w: QuantizedTensor) -> QuantizedTensor:
+def in_jax(w: QuantizedTensor) -> QuantizedTensor:
+    """``w`` itself where its arrays are JAX's, or shapes; else handed over."""
     return w if isinstance(w.packed, jax.Array | jax.ShapeDtypeStruct) else w.to("jax")
 
 

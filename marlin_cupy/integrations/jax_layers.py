@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from marlin_cupy import matmul
 from marlin_cupy.device import CPU, import_cupy, on
 from marlin_cupy.formats.scalars import HALF_DTYPES
-from marlin_cupy.integrations.jax import abstract
+from marlin_cupy.integrations.jax import abstract, in_jax
 from marlin_cupy.tensor import QuantizedTensor, quantize
 
 Array = Any  # a JAX array, traced or not
@@ -42,7 +42,7 @@ def given(w: QuantizedTensor, bias: Any | None) -> QuantizedTensor:
         raise TypeError(f"w is a {type(w).__name__}; pass a QuantizedTensor, from quantize, pack or load.")
     if bias is not None and bias.shape[-1:] != w.whole.shape[1:]:
         raise ValueError(f"bias has shape {tuple(bias.shape)}; this weight needs {w.whole.shape[1:]}.")
-    return w if isinstance(w.packed, jax.Array | jax.ShapeDtypeStruct) else w.to("jax")
+    return in_jax(w)
 
 
 def product(x: Array, w: QuantizedTensor, bias: Array | None, dtype: Any | None) -> Array:

@@ -113,7 +113,7 @@ COSTS = {
     8: Costs(launch=2.59, warp=0.0192, slab=0.2237, crowd=0.0521, gap=1.36, exchange=1.05),
     16: Costs(launch=2.55, warp=0.037, slab=0.274, crowd=0.0946, gap=1.81, exchange=0.75),
 }
-#: By the largest M too; fitted to six of these layers, M = 1, 8 and 16.
+#: By the largest M too; fitted to six of these layers, M = 1, 8 and 16; int8's for bfloat16 at 16 to two of them.
 _DECODE = {
     8: DecodeFactors({"int4": (1.0, 1.24), "uint4": (1.0, 1.24), "nf4": (1.8, 1.8), "int8": (1.16, 1.16)}, fine=1.24),
     16: DecodeFactors({"int4": (1.0, 1.1), "uint4": (1.0, 1.1), "nf4": (1.35, 1.35), "int8": (1.08, 1.24)}, fine=1.32),

@@ -16,6 +16,7 @@ import jax.numpy as jnp
 
 from marlin_cupy import kernels, writes
 from marlin_cupy.compilers.jax import ffi
+from marlin_cupy.compilers.jax.partitioning import manual_axes
 from marlin_cupy.device import Device, Gpu, cuda, gpu, gpu_count, gpu_of_arch
 from marlin_cupy.errors import UnsupportedError
 from marlin_cupy.kernels import Candidate, Problem, dequantize, tuned
@@ -101,7 +102,7 @@ def _result(shape: tuple[int, ...], dtype: Any, like: Any) -> Any:
     """A result that varies over the devices of jax.shard_map as ``like`` does."""
     kind: Any = jax.typeof(like)
     make: Any = jax.ShapeDtypeStruct
-    if not getattr(jax.sharding.get_abstract_mesh(), "manual_axes", ()):
+    if not manual_axes():
         return make(shape, dtype)
     if hasattr(kind, "manual_axis_type"):  # of newer versions of JAX, which want a sharding with it
         everywhere: Any = jax.sharding.PartitionSpec
