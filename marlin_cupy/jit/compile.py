@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import functools
 import re
 import struct
 import sys
 import threading
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -44,21 +46,35 @@ def compile(source: str, arch: str) -> Build:
     if not _ARCH.fullmatch(arch):
         raise ValueError(f'arch is {arch!r}; use a name like "sm_80" or "sm_90a".')
     nvrtc = _nvrtc()
-    program = nvrtc.createProgram(source, "marlin_cupy.cu", [], [])
-    try:
-        try:
-            nvrtc.compileProgram(program, [*_OPTIONS, f"-arch={arch}"])
-        except nvrtc.NVRTCError as error:
-            log = nvrtc.getProgramLog(program).rstrip("\0\n ")
-            raise CompileError(f"NVRTC {nvrtc_version()} cannot build for {arch}: {error}\n{log}") from error
+    with _compiled(source, arch, (*_OPTIONS, f"-arch={arch}")) as program:
         log, cubin = nvrtc.getProgramLog(program), _whole(nvrtc.getCUBIN(program))
-    finally:
-        nvrtc.destroyProgram(program)
     slow = [line for line in log.splitlines() if _SLOW.search(line)]
     if slow:
         raise CompileError(f"the build for {arch} would be slow:\n" + "\n".join(slow))
     registers, spills = _REGISTERS.search(log), _SPILLS.findall(log)
     return Build(cubin, int(registers[1]) if registers else 0, sum(int(a) + int(b) for a, b in spills))
+
+
+def ptx(source: str, arch: str) -> str:
+    """The intermediate code of ``source``, which decides the machine code; quick, and for comparisons alone."""
+    virtual = arch.replace("sm_", "compute_")
+    with _compiled(source, arch, ("-std=c++17", f"-arch={virtual}")) as program:
+        return str(_nvrtc().getPTX(program))
+
+
+@contextlib.contextmanager
+def _compiled(source: str, arch: str, options: tuple[str, ...]) -> Iterator[Any]:
+    """A program of NVRTC that has been compiled; CompileError with its log where it cannot be."""
+    nvrtc = _nvrtc()
+    program = nvrtc.createProgram(source, "marlin_cupy.cu", [], [])
+    try:
+        nvrtc.compileProgram(program, list(options))
+        yield program
+    except nvrtc.NVRTCError as error:
+        log = nvrtc.getProgramLog(program).rstrip("\0\n ")
+        raise CompileError(f"NVRTC {nvrtc_version()} cannot build for {arch}: {error}\n{log}") from error
+    finally:
+        nvrtc.destroyProgram(program)
 
 
 def _whole(cubin: bytes) -> bytes:
