@@ -8,7 +8,9 @@ from marlin_cupy.errors import (
     MissingDependencyError,
     UnsupportedError,
 )
-from marlin_cupy.tensor import QuantizedTensor, Unpacked, dequantize, load, pack, quantize
+from marlin_cupy.loading import load
+from marlin_cupy.quantizing import dequantize, pack, quantize
+from marlin_cupy.tensor import QuantizedTensor, Unpacked
 from marlin_cupy.tuning import TunedCandidate, TunedRows, Tuning, tune
 from marlin_cupy.warming import warmup
 

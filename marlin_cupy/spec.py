@@ -17,6 +17,22 @@ FILE_VERSION = 1
 
 
 @dataclass(frozen=True)
+class Part:
+    """One of the arrays that a weight consists of.
+
+    Attributes:
+        shape, dtype: of the array.
+        axes: what each axis runs along: "N" (outputs, in slabs or one by one), "K" (inputs, in slabs), or nothing.
+        derived: whether it follows from ``packed``. Files and checksums leave such a part out.
+    """
+
+    shape: tuple[int, ...]
+    dtype: str
+    axes: tuple[str | None, ...]
+    derived: bool = False
+
+
+@dataclass(frozen=True)
 class Spec:
     """The immutable description of a quantized matrix. It does not depend on the activations it will meet."""
 
@@ -29,6 +45,15 @@ class Spec:
     def layout(self) -> Layout:
         """Where the codes sit."""
         return Layout(formats.get(self.format), *self.shape, self.group_size, self.scale_dtype)
+
+    @property
+    def parts(self) -> dict[str, Part]:
+        """The arrays of such a weight, by name, in the order in which trees, files and operators hold them."""
+        packed = self.layout.packed_shape
+        return {
+            "packed": Part(packed, "uint8", ("N", "K", None)),
+            "output_scales": Part((packed[0] * SLAB_N,), "float32", ("N",), derived=True),
+        }
 
     @property
     def row_step(self) -> int:

@@ -15,7 +15,7 @@ import pytest
 from cases import FORMATS, GPUS, gaussian, rows
 
 import marlin_cupy as mc
-from marlin_cupy import tensor, writes
+from marlin_cupy import packing, tensor, writes
 from marlin_cupy.jit import launch
 from marlin_cupy.kernels import Plan, Problem, sm90_stream, tuned
 from marlin_cupy.spec import Spec
@@ -268,14 +268,14 @@ def test_a_fresh_tensor_is_a_write(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_update_is_a_write_from_its_first_byte_to_its_last(monkeypatch: pytest.MonkeyPatch) -> None:
     w = mc.quantize(gaussian(128, 64, seed=1))
-    original = tensor._encode
+    original = packing.encode
 
     def encode(*arguments: Any) -> None:
         w.writes.past.add(STREAM)
         assert STREAM not in w.writes.past
         original(*arguments)
 
-    monkeypatch.setattr(tensor, "_encode", encode)
+    monkeypatch.setattr(tensor, "encode", encode)
     w.writes.past.add(STREAM)
     w.update_(gaussian(128, 64, seed=2))
     assert STREAM not in w.writes.past

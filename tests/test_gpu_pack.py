@@ -12,7 +12,7 @@ from cases import DTYPES, FORMATS, GROUP_SIZES, HALF, gaussian
 from gpu_arrays import activations, assert_same_bits, to_gpu, to_host
 
 import marlin_cupy as mc
-from marlin_cupy import tensor
+from marlin_cupy import formats, packing
 from marlin_cupy.device import Device
 from marlin_cupy.formats import ZERO_POINT
 
@@ -69,7 +69,7 @@ def test_pack_unpack_and_dequantize_give_the_bits_of_the_cpu(name: str, scale_dt
             assert found is None
         else:
             np.testing.assert_array_equal(to_host(found).view(np.uint8), expected.view(np.uint8))
-    assert (on_gpu.unpack().zero_points is not None) == (ZERO_POINT in tensor.formats.get(name).params)
+    assert (on_gpu.unpack().zero_points is not None) == (ZERO_POINT in formats.get(name).params)
     for dtype in DTYPES:
         found, expected = to_host(on_gpu.dequantize(dtype)), on_cpu.dequantize(dtype)
         assert found.dtype == expected.dtype
@@ -117,7 +117,7 @@ def test_update_keeps_the_pointer_and_changes_the_product(name: str) -> None:
 def test_a_refused_update_changes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     w = mc.quantize(to_gpu(gaussian(200, 700, seed=7)))
     before = w.packed.copy()
-    monkeypatch.setitem(tensor._BLOCK_WEIGHTS, "cuda", 64 * 200)
+    monkeypatch.setitem(packing._BLOCK_WEIGHTS, "cuda", 64 * 200)
     for value in (np.nan, np.inf, 1e38):
         bad = gaussian(200, 700, seed=8)
         bad[199, 699] = value

@@ -17,7 +17,7 @@ from cases import DTYPES, FORMATS, HALF, gaussian, rows
 from only_dlpack import OnlyDlpack
 
 import marlin_cupy as mc
-from marlin_cupy import tensor
+from marlin_cupy import formats, packing
 from marlin_cupy.device import CPU
 
 every_format = pytest.mark.parametrize("name", FORMATS)
@@ -42,7 +42,7 @@ def test_quantize_takes_every_dtype_and_library(name: str, dtype: str) -> None:
     w = mc.quantize(weight, name)
     assert w.shape == (200, 70)
     assert w.format == name
-    assert w.group_size == mc.tensor.formats.get(name).default_group_size
+    assert w.group_size == formats.get(name).default_group_size
     assert w.scale_dtype == (dtype if dtype in HALF else "float16")
     assert w.device == CPU
     assert isinstance(w.packed, np.ndarray)
@@ -239,7 +239,7 @@ def bad_updates() -> dict[str, np.ndarray]:
 def test_a_refused_update_changes_nothing(reason: str, monkeypatch: pytest.MonkeyPatch) -> None:
     w = mc.quantize(gaussian(200, 700, seed=21))
     before = w.packed.copy()
-    monkeypatch.setitem(tensor._BLOCK_WEIGHTS, "cpu", 64 * 200)  # many blocks: the bad value is in the last
+    monkeypatch.setitem(packing._BLOCK_WEIGHTS, "cpu", 64 * 200)  # many blocks: the bad value is in the last
     with pytest.raises(ValueError):
         w.update_(bad_updates()[reason])
     with pytest.raises(ValueError, match="search"):
@@ -256,7 +256,7 @@ def test_blocks_cover_the_columns_within_the_memory_bound(name: str, monkeypatch
     whole = mc.quantize(gaussian(K, N, seed=23), name, 48)
     expected = whole.dequantize("float32")
     bound = 2 * 64 * K
-    monkeypatch.setitem(tensor._BLOCK_WEIGHTS, "cpu", bound)
+    monkeypatch.setitem(packing._BLOCK_WEIGHTS, "cpu", bound)
     blocks = list(whole.blocks())
     assert [columns for columns, _ in blocks] == [slice(0, 128), slice(128, 256), slice(256, 330)]
     for columns, values in blocks:
@@ -273,7 +273,7 @@ def test_blocks_cover_the_columns_within_the_memory_bound(name: str, monkeypatch
 
 def test_no_whole_float32_copy_of_the_weight_is_made(monkeypatch: pytest.MonkeyPatch) -> None:
     K, N = 1024, 4096
-    monkeypatch.setitem(tensor._BLOCK_WEIGHTS, "cpu", K * 64)
+    monkeypatch.setitem(packing._BLOCK_WEIGHTS, "cpu", K * 64)
     weight = np.ones((K, N), np.float16)
     x = np.ones((2, K), np.float16)
 

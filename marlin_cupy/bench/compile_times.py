@@ -33,7 +33,7 @@ from marlin_cupy.bench import report
 from marlin_cupy.device import gpu_count, import_cupy, no_gpu
 from marlin_cupy.jit import cache, launch
 from marlin_cupy.jit import compile as compiling
-from marlin_cupy.tensor import quantize
+from marlin_cupy.quantizing import quantize
 
 K, N = 1024, 1024
 #: Values of M that ask for different configurations of the portable kernel.

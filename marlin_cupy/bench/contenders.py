@@ -23,7 +23,8 @@ from marlin_cupy.bench.shapes import Shape
 from marlin_cupy.device import Gpu, import_cupy, namespace
 from marlin_cupy.formats.scalars import BFLOAT16, FLOAT16, from_bits, to_bits
 from marlin_cupy.kernels import Candidate
-from marlin_cupy.tensor import QuantizedTensor, quantize
+from marlin_cupy.quantizing import quantize
+from marlin_cupy.tensor import QuantizedTensor
 from marlin_cupy.timing import CupyRun, EventTimer, Replay, Run, copies, is_cold
 
 Array = Any  # a CuPy array

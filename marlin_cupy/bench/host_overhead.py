@@ -30,7 +30,8 @@ from marlin_cupy.bench import report
 from marlin_cupy.device import gpu_count, import_cupy, no_gpu
 from marlin_cupy.frameworks import StreamFramework
 from marlin_cupy.jit.launch import Function
-from marlin_cupy.tensor import QuantizedTensor, quantize
+from marlin_cupy.quantizing import quantize
+from marlin_cupy.tensor import QuantizedTensor
 
 K, N, M = 256, 256, 1
 CALLS = 2000

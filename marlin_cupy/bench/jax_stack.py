@@ -36,7 +36,7 @@ from marlin_cupy.compilers.jax import launching
 from marlin_cupy.device import gpu_count, no_gpu
 from marlin_cupy.integrations.jax import stack
 from marlin_cupy.progress import bar
-from marlin_cupy.tensor import quantize
+from marlin_cupy.quantizing import quantize
 
 jax: Any = importlib.import_module("jax")
 jnp: Any = importlib.import_module("jax.numpy")

@@ -89,7 +89,7 @@ def pairs(before: Path, after: Path, wanted: Sequence[tuple[str, str, int, str]]
 
 
 def _name_of(source: str) -> str:
-    return re.findall(r"^// ---- kernels/(\w+)\.cuh", source, re.MULTILINE)[-1]
+    return str(re.findall(r"^// ---- kernels/(\w+)\.cuh", source, re.MULTILINE)[-1])
 
 
 def text_of(cubin: bytes) -> bytes:

@@ -11,7 +11,8 @@ from marlin_cupy import matmul
 from marlin_cupy.device import CPU, import_cupy, on
 from marlin_cupy.formats.scalars import HALF_DTYPES
 from marlin_cupy.integrations.jax import abstract, in_jax
-from marlin_cupy.tensor import QuantizedTensor, quantize
+from marlin_cupy.quantizing import quantize
+from marlin_cupy.tensor import QuantizedTensor
 
 Array = Any  # a JAX array, traced or not
 

@@ -23,8 +23,9 @@ from marlin_cupy.errors import FileFormatError
 from marlin_cupy.files import METADATA_KEY, check_packed, described, whole_file
 from marlin_cupy.integrations.replacing import Filter, Report, matches
 from marlin_cupy.progress import bar
+from marlin_cupy.quantizing import quantize
 from marlin_cupy.spec import Spec
-from marlin_cupy.tensor import QuantizedTensor, quantize
+from marlin_cupy.tensor import QuantizedTensor
 
 _STATE = "_extra_state"  # PyTorch's name for what get_extra_state returns
 L = TypeVar("L", bound="Linear")

@@ -23,8 +23,9 @@ from marlin_cupy.compilers.jax import launching
 from marlin_cupy.compilers.jax.partitioning import Multiply, manual_axes, on_automatic_axes, partitioned, varying_alike
 from marlin_cupy.device import CPU
 from marlin_cupy.errors import UnsupportedError
+from marlin_cupy.packing import decoded
 from marlin_cupy.spec import Spec
-from marlin_cupy.tensor import QuantizedTensor, decoded
+from marlin_cupy.tensor import QuantizedTensor
 
 Array = Any  # a JAX array, traced or not
 
