@@ -11,9 +11,9 @@ import numpy
 
 from marlin_cupy import formats, frameworks
 from marlin_cupy.device import CPU, Device, gpu, gpu_count, import_cupy, namespace, on
-from marlin_cupy.formats.scalars import BFLOAT16, FLOAT16, FLOAT32, MAX, from_bits
 from marlin_cupy.frameworks import Framework
 from marlin_cupy.layout import SLAB_N, Layout
+from marlin_cupy.scalars import BF16, F16, F32
 from marlin_cupy.spec import Spec
 
 Array = Any  # an array of any library
@@ -21,36 +21,48 @@ Array = Any  # an array of any library
 _SEARCHES = ("absmax", "mse")
 #: Weights handled at once while quantizing and dequantizing: bounds scratch to a few times 4 bytes each.
 _BLOCK_WEIGHTS = {"cpu": 4 << 20, "cuda": 16 << 20}
+#: A run has a multiple of so many columns: whole slabs, and whole blocks of outputs that share a scale.
+_COLUMNS = 2 * SLAB_N
 #: Below this float16 is subnormal with fewer significant bits than bfloat16.
 _COARSE_FLOAT16 = 2.0**-16
 NUMPY_DTYPES = {
-    FLOAT16: numpy.dtype(numpy.float16),
-    BFLOAT16: numpy.dtype(ml_dtypes.bfloat16),
-    FLOAT32: numpy.dtype(numpy.float32),
+    F16.name: numpy.dtype(numpy.float16),
+    BF16.name: numpy.dtype(ml_dtypes.bfloat16),
+    F32.name: numpy.dtype(numpy.float32),
 }
 
 
-def encode(weight: Any, spec: Spec, search: str, packed: Any) -> None:
-    """Quantize a checked native ``weight`` into ``packed``, a run of columns at a time."""
+def encode(weight: Any, spec: Spec, search: str, packed: Any, output_scales: Any | None = None) -> None:
+    """Quantize a checked native ``weight`` into the memory of its parts, a run of columns at a time.
+
+    ``output_scales`` is written where the format has such scales.
+    """
     format, layout = formats.get(spec.format), spec.layout
     with on(device_of(packed)):
         for columns in column_blocks(spec.shape, device_of(packed)):
             grouped = _grouped(_as_float32(weight[:, columns]), layout, 0)
-            codes, params = format.quantize(grouped, spec.scale_dtype, search)
+            codes, params = format.quantize(grouped, layout.scale, search, dict(spec.options))
             codes = codes.reshape(-1, codes.shape[-1])[: spec.shape[0]]
             packed[columns.start // SLAB_N : -(-columns.stop // SLAB_N)] = layout.pack(codes, params)
+            if format.has_output_scales(spec.group_size):
+                assert output_scales is not None
+                output_scales[columns] = params[formats.SCALE][0]
 
 
-def decoded(layout: Layout, packed: Any, n: int) -> Any:
+def decoded(layout: Layout, packed: Any, n: int, output_scales: Any | None = None) -> Any:
     """The float32 matrix (K, n) that a run of whole 64-column blocks stands for; NumPy, CuPy or JAX arrays.
 
     Args:
         layout: of the weight that the blocks are from.
         packed: uint8 (slabs_n, slabs_k, slab_bytes).
         n: logical number of columns in them.
+        output_scales: float32 of these columns or more, for formats that have such scales; others ignore it.
     """
     codes, bits = layout.unpack(packed, n)
-    params = {name: from_bits(value, layout.scale_dtype) for name, value in bits.items()}
+    params = {name: layout.scale.from_bits(value) for name, value in bits.items()}
+    if layout.format.has_output_scales(layout.group_size):
+        assert output_scales is not None
+        params[formats.SCALE] = output_scales[None, :n]
     values = layout.format.decode(_grouped(codes, layout, layout.format.zero_code), params)
     return values.reshape(-1, n)[: layout.K]
 
@@ -67,8 +79,8 @@ def _grouped(columns: Any, layout: Layout, fill: int) -> Any:
 
 
 def column_blocks(shape: tuple[int, int], device: Device) -> Iterator[slice]:
-    """Runs of whole 64-column blocks that bound the scratch memory of a conversion."""
-    step = max(1, _BLOCK_WEIGHTS[device.kind] // (shape[0] * SLAB_N)) * SLAB_N
+    """Runs of whole 128-column blocks that bound the scratch memory of a conversion."""
+    step = max(1, _BLOCK_WEIGHTS[device.kind] // (shape[0] * _COLUMNS)) * _COLUMNS
     for start in range(0, shape[1], step):
         yield slice(start, min(start + step, shape[1]))
 
@@ -76,8 +88,8 @@ def column_blocks(shape: tuple[int, int], device: Device) -> Iterator[slice]:
 def _as_float32(values: Any) -> Any:
     """fp16, bf16 or fp32 as float32, without asking CuPy for bfloat16 arithmetic."""
     xp = namespace(values)
-    if values.dtype.name == BFLOAT16:
-        return from_bits(xp.ascontiguousarray(values).view(xp.uint16), BFLOAT16)
+    if values.dtype.name == BF16.name:
+        return BF16.from_bits(xp.ascontiguousarray(values).view(xp.uint16))
     return values.astype(xp.float32)
 
 
@@ -111,12 +123,12 @@ def check_range(spec: Spec, largest: float) -> None:
     """ValueError if the scale dtype cannot hold, or hardly holds, the scales of weights up to ``largest``."""
     extremes = numpy.asarray([[[largest], [-largest]]], dtype=numpy.float32)
     needed = float(formats.get(spec.format).fit(extremes, 1.0)[formats.SCALE].max())
-    if needed > MAX[spec.scale_dtype]:
+    if needed > spec.layout.scale.max:
         raise ValueError(
             f"weights up to {largest:.3g} need scales up to {needed:.3g}, beyond {spec.scale_dtype}; "
             'use scale_dtype="bfloat16" or rescale the weight.'
         )
-    if spec.scale_dtype == FLOAT16 and 0 < needed < _COARSE_FLOAT16:
+    if spec.scale_dtype == F16.name and 0 < needed < _COARSE_FLOAT16:
         raise ValueError(
             f"weights up to {largest:.3g} need scales of {needed:.3g} at most, which float16 holds coarsely or not at "
             'all; use scale_dtype="bfloat16" or rescale the weight.'

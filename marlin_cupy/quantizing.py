@@ -9,9 +9,9 @@ import numpy
 from marlin_cupy import formats, frameworks
 from marlin_cupy.device import Device, namespace, on
 from marlin_cupy.errors import DeviceError
-from marlin_cupy.formats.scalars import FLOAT16, HALF_DTYPES, from_bits
 from marlin_cupy.packing import check_range, checked_weight, device_of, encode, moved
-from marlin_cupy.spec import Spec, checked_group_size, checked_scale_dtype
+from marlin_cupy.scalars import E8M0
+from marlin_cupy.spec import Spec
 from marlin_cupy.tensor import QuantizedTensor
 
 Array = Any  # an array of any library
@@ -25,17 +25,21 @@ def quantize(
     scale_dtype: str | None = None,
     search: str = "absmax",
     device: str | Device | None = None,
+    **options: str,
 ) -> QuantizedTensor:
     """Quantize a weight by rounding to nearest.
 
     Args:
         weight: float16, bfloat16 or float32[K, N] of any library, any strides; ``y = x @ weight``.
             (PyTorch's Linear holds (N, K): pass ``linear.weight.T``.)
-        format: a name of ``formats.names()``: "int4", "uint4", "int8", "nf4".
-        group_size: K per scale, -1 (all of K) or a multiple of 16; the format's default if None.
-        scale_dtype: "float16" or "bfloat16"; that of the weight if None, "float16" for float32.
+        format: a name of ``formats.names()``: "int4", "uint4", "int8", "nf4", "mxfp4", "int3", "int2", "fp8_e4m3".
+        group_size: K per scale, -1 (all of K) or a multiple of 16; the format's default if None. "mxfp4" has 32.
+        scale_dtype: "float16" or "bfloat16"; that of the weight if None, "float16" for float32. Scales of "mxfp4" are
+            powers of two ("float8_e8m0fnu"). Those of "fp8_e4m3" can be that or "float32" too, and with group_size=-1
+            they are float32.
         search: "absmax", or "mse" for the clip that minimises the squared error of each group.
         device: where the result goes, "cpu" or "cuda[:N]"; where the weight is if None.
+        options: of the format. "fp8_e4m3" has ``scale="block"``: blocks of 128 x 128 share a scale (group_size=128).
 
     Returns:
         A QuantizedTensor over a NumPy array (host) or a CuPy array (GPU).
@@ -45,20 +49,18 @@ def quantize(
             non-finite weights, scales too large or too small for ``scale_dtype``. DeviceError: no such device.
             MissingDependencyError: a GPU was asked for and CuPy is not installed.
     """
-    group_size = checked_group_size(group_size, formats.get(format).default_group_size)
+    formats.get(format)  # says what there is before anything is computed
     framework, native, dtype, largest = checked_weight(weight, search)
-    if scale_dtype is None:
-        scale_dtype = dtype if dtype in HALF_DTYPES else FLOAT16
-    spec = Spec(format, tuple(native.shape), group_size, checked_scale_dtype(scale_dtype))
+    spec = Spec.checked(format, tuple(native.shape), group_size, scale_dtype, options, like=dtype)
     check_range(spec, largest)
     if device is not None and Device.parse(device) != device_of(native):
         native = moved(native, Device.parse(device))
     xp = namespace(native)
     with on(device_of(native)):
-        packed = xp.empty(spec.layout.packed_shape, dtype=xp.uint8)
-        encode(native, spec, search, packed)
+        parts = {name: xp.zeros(part.shape, part.dtype) for name, part in spec.parts.items() if not part.derived}
+        encode(native, spec, search, **parts)
         framework.settle(native)
-    return QuantizedTensor(spec, packed)
+    return QuantizedTensor(spec, **parts)
 
 
 def pack(
@@ -72,8 +74,10 @@ def pack(
     """A QuantizedTensor from codes and parameters that exist already (a checkpoint, another quantizer).
 
     Args:
-        codes: uint8[K, N], as the format defines them (int4: 0 to 15, standing for -8 to 7).
-        scales: float16 or bfloat16[groups, N], groups = ceil(K / group_size), or 1 for -1.
+        codes: uint8[K, N], as the format defines them (int4: 0 to 15, standing for -8 to 7). Of "fp8_e4m3" also
+            float8_e4m3fn.
+        scales: float16 or bfloat16[groups, N], groups = ceil(K / group_size), or 1 for -1. Of "mxfp4" uint8, the
+            biased exponents. Of "fp8_e4m3" also float32, as they must be with group_size=-1.
         zero_points: integers of any numeric dtype [groups, N], for formats that have them.
         format, group_size: as in :func:`quantize`.
 
@@ -81,7 +85,6 @@ def pack(
         TypeError, ValueError: as :func:`quantize`, and for codes or zero points out of range.
     """
     definition = formats.get(format)
-    group_size = checked_group_size(group_size, definition.default_group_size)
     named = {"codes": codes, formats.SCALE: scales}
     if (zero_points is not None) != (formats.ZERO_POINT in definition.params):
         needs = "needs" if zero_points is None else "has no"
@@ -94,19 +97,21 @@ def pack(
     if len(set(devices.values())) != 1:
         places = ", ".join(f"{name}: {device}" for name, device in devices.items())
         raise DeviceError(f"the arrays are on different devices ({places}); put them on one.")
+    if native["codes"].dtype.name == definition.codes_as:
+        native["codes"] = native["codes"].view(numpy.uint8)
     if native["codes"].ndim != 2 or native["codes"].dtype != numpy.uint8 or 0 in native["codes"].shape:
         raise ValueError(f"codes are {native['codes'].dtype}{native['codes'].shape}; pass uint8 (K, N), not empty.")
-    scale_dtype = checked_scale_dtype(native[formats.SCALE].dtype.name)
-    spec = Spec(format, tuple(native["codes"].shape), group_size, scale_dtype)
+    spec = Spec.checked(format, tuple(native["codes"].shape), group_size, _scale_dtype(native[formats.SCALE], format))
+    scale = spec.layout.scale
     groups = (spec.layout.groups, spec.shape[1])
     for name in definition.params:
         if native[name].shape != groups:
             raise ValueError(f"{name}s have shape {native[name].shape}; group_size {group_size} needs {groups}.")
     with on(devices["codes"]):
-        if int(native["codes"].max()) > definition.max_code:
-            raise ValueError(f"the largest code is {int(native['codes'].max())}; {format} has {definition.bits} bits.")
+        definition.check_codes(native["codes"])
         xp = namespace(native["codes"])
-        params = {formats.SCALE: from_bits(xp.ascontiguousarray(native[formats.SCALE]).view(xp.uint16), scale_dtype)}
+        bits = xp.ascontiguousarray(native[formats.SCALE]).view(scale.stored_as)
+        params = {formats.SCALE: scale.from_bits(bits)}
         if not bool(xp.isfinite(params[formats.SCALE]).all()):
             raise ValueError("scales contain NaN or infinity.")
         if formats.ZERO_POINT in native:
@@ -114,10 +119,19 @@ def pack(
             if bool(((points < 0) | (points > definition.max_code) | (points != xp.rint(points))).any()):
                 raise ValueError(f"zero_points must be integers from 0 to {definition.max_code}.")
             params[formats.ZERO_POINT] = points
-        packed = spec.layout.pack(native["codes"], params)
+        parts = {"packed": spec.layout.pack(native["codes"], params)}
+        if definition.has_output_scales(group_size):
+            parts["output_scales"] = xp.zeros(spec.parts["output_scales"].shape, dtype=xp.float32)
+            parts["output_scales"][: spec.shape[1]] = params[formats.SCALE][0]
         for name, (framework, _) in resolved.items():
             framework.settle(native[name])
-        return QuantizedTensor(spec, packed)
+        return QuantizedTensor(spec, **parts)
+
+
+def _scale_dtype(scales: Any, format: str) -> str:
+    """The type of an array of scales; bytes are the bits of 8-bit scales."""
+    name = str(scales.dtype.name)
+    return E8M0.name if name == E8M0.stored_as and E8M0 in formats.get(format).scale_dtypes else name
 
 
 def dequantize(w: QuantizedTensor, dtype: str | None = None) -> Array:

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from marlin_cupy import formats
 from marlin_cupy.errors import FileFormatError
-from marlin_cupy.formats.scalars import HALF_DTYPES
+from marlin_cupy.formats import Format
 from marlin_cupy.layout import SLAB_K, SLAB_N, Layout
+from marlin_cupy.scalars import BF16, F32, HALVES
 
 #: Version of the file format and of the packed layout in it.
 FILE_VERSION = 1
@@ -40,8 +43,9 @@ class Spec:
     shape: tuple[int, int]  # logical (K, N)
     group_size: int  # K per scale; -1: all of K
     scale_dtype: str
+    options: tuple[tuple[str, str], ...] = ()  # of the format, those that are not its defaults, sorted
 
-    @property
+    @functools.cached_property
     def layout(self) -> Layout:
         """Where the codes sit."""
         return Layout(formats.get(self.format), *self.shape, self.group_size, self.scale_dtype)
@@ -50,10 +54,16 @@ class Spec:
     def parts(self) -> dict[str, Part]:
         """The arrays of such a weight, by name, in the order in which trees, files and operators hold them."""
         packed = self.layout.packed_shape
+        derived = not formats.get(self.format).has_output_scales(self.group_size)
         return {
             "packed": Part(packed, "uint8", ("N", "K", None)),
-            "output_scales": Part((packed[0] * SLAB_N,), "float32", ("N",), derived=True),
+            "output_scales": Part((packed[0] * SLAB_N,), F32.name, ("N",), derived),
         }
+
+    @property
+    def dense_dtype(self) -> str:
+        """The 16-bit type that such a weight goes with: that of its scales if they have 16 bits."""
+        return self.scale_dtype if self.scale_dtype in [each.name for each in HALVES] else BF16.name
 
     @property
     def row_step(self) -> int:
@@ -101,23 +111,45 @@ class Spec:
         return size // count
 
     @staticmethod
-    def checked(format: str, shape: tuple[int, int], group_size: int | None, scale_dtype: str) -> Spec:
-        """With the format's own group size for None; ValueError where there can be no such weight."""
-        size = checked_group_size(group_size, formats.get(format).default_group_size)
+    def checked(
+        format: str,
+        shape: tuple[int, int],
+        group_size: int | None,
+        scale_dtype: str | None = None,
+        options: Mapping[str, str] | None = None,
+        *,
+        like: str = "",
+    ) -> Spec:
+        """ValueError where there can be no such weight.
+
+        Args:
+            format, shape: of the weight.
+            group_size: the format's own if None.
+            scale_dtype: ``like`` where the format's scales can have that type, or what the format uses, if None.
+            options: of the format.
+            like: the dtype of the dense weight.
+        """
+        definition = formats.get(format)
+        size = definition.default_group_size if group_size is None else group_size
+        if isinstance(size, bool) or not isinstance(size, int) or (size != -1 and (size <= 0 or size % 16)):
+            raise ValueError(f"group_size is {size!r}; use -1 (one group) or a positive multiple of 16.")
+        definition.check_group_size(size)
         if len(shape) != 2 or min(shape) < 1:
             raise ValueError(f"the shape is {shape!r}; a weight has (K, N), at least (1, 1).")
-        return Spec(format, shape, size, checked_scale_dtype(scale_dtype))
+        scales = definition.checked_scale_dtype(scale_dtype, like, size)
+        return Spec(format, shape, size, scales, _checked_options(definition, size, options or {}))
 
     @property
     def fields(self) -> dict[str, Any]:
         """As files hold it, with the version of the layout; :meth:`of_fields` is the inverse."""
-        return {
+        found: dict[str, Any] = {
             "version": FILE_VERSION,
             "format": self.format,
             "shape": list(self.shape),
             "group_size": self.group_size,
             "scale_dtype": self.scale_dtype,
         }
+        return found | {"options": dict(self.options)} if self.options else found
 
     @staticmethod
     def of_fields(fields: Any, where: object) -> Spec:
@@ -132,24 +164,25 @@ class Spec:
             )
         try:
             K, N = map(int, fields["shape"])
-            return Spec.checked(str(fields["format"]), (K, N), int(fields["group_size"]), str(fields["scale_dtype"]))
-        except (ValueError, KeyError, TypeError, OverflowError) as error:
+            options = {str(name): str(value) for name, value in dict(fields.get("options", {})).items()}
+            return Spec.checked(
+                str(fields["format"]), (K, N), int(fields["group_size"]), str(fields["scale_dtype"]), options
+            )
+        except (ValueError, KeyError, TypeError, OverflowError, AttributeError) as error:
             raise FileFormatError(f"{where} does not hold what it says: {error}; save it again.") from error
 
 
-def checked_group_size(group_size: int | None, default: int) -> int:
-    """``group_size``, or ``default`` for None; ValueError where it is no group size."""
-    size = default if group_size is None else group_size
-    if isinstance(size, bool) or not isinstance(size, int) or (size != -1 and (size <= 0 or size % 16)):
-        raise ValueError(f"group_size is {size!r}; use -1 (one group) or a positive multiple of 16.")
-    return size
-
-
-def checked_scale_dtype(scale_dtype: str) -> str:
-    """``scale_dtype``; ValueError where scales cannot have it."""
-    if scale_dtype not in HALF_DTYPES:
-        raise ValueError(f"scale_dtype is {scale_dtype!r}; use {' or '.join(HALF_DTYPES)}.")
-    return scale_dtype
+def _checked_options(format: Format, group_size: int, options: Mapping[str, str]) -> tuple[tuple[str, str], ...]:
+    """Those that are not the defaults; ValueError where the format has no such option or value."""
+    for name, value in options.items():
+        if name not in format.options:
+            known = ", ".join(format.options) or "none"
+            raise ValueError(f"option {name!r} was given; format {format.name!r} has {known}.")
+        if value not in format.options[name]:
+            raise ValueError(f"{name} is {value!r}; format {format.name!r} has {' or '.join(format.options[name])}.")
+    chosen = {name: value for name, value in options.items() if value != format.options[name][0]}
+    format.check_options(group_size, chosen)
+    return tuple(sorted(chosen.items()))
 
 
 def _bounds(what: str, run: slice, size: int, step: int, pieces: str) -> tuple[int, int]:

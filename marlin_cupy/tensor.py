@@ -17,7 +17,6 @@ from marlin_cupy import formats, frameworks, writes
 from marlin_cupy.device import CPU, Device, namespace, on
 from marlin_cupy.errors import DeviceError, UnsupportedError
 from marlin_cupy.files import METADATA_KEY, described, whole_file
-from marlin_cupy.formats.scalars import FLOAT32, to_bits
 from marlin_cupy.layout import SLAB_N
 from marlin_cupy.packing import (
     NUMPY_DTYPES,
@@ -29,6 +28,7 @@ from marlin_cupy.packing import (
     encode,
     moved,
 )
+from marlin_cupy.scalars import by_name
 from marlin_cupy.spec import Spec
 
 Array = Any  # an array of any library
@@ -80,7 +80,10 @@ class QuantizedTensor:
     #: matmul, set by ``api``, which is above this module.
     multiply: ClassVar[Callable[[Array, QuantizedTensor], Array]]
 
-    def __init__(self, spec: Spec, packed: Array, *, range_factors: Array | None = None) -> None:
+    def __init__(
+        self, spec: Spec, packed: Array, *, output_scales: Array | None = None, range_factors: Array | None = None
+    ) -> None:
+        range_factors = output_scales if range_factors is None else range_factors
         framework, packed = frameworks.resolve(packed, "packed")
         layout = spec.layout
         if tuple(packed.shape) != layout.packed_shape or framework.dtype(packed) != "uint8":
@@ -220,7 +223,9 @@ class QuantizedTensor:
         """Logical codes and parameters as NumPy or CuPy arrays: the exact inverse of :func:`pack`."""
         with on(self.device):
             codes, bits = self.layout.unpack(self._native, self.shape[1])
-        dtype = NUMPY_DTYPES[self.scale_dtype]
+        if formats.SCALE not in bits:
+            bits[formats.SCALE] = self._factors[None, : self.shape[1]]
+        dtype = NUMPY_DTYPES.get(self.scale_dtype, numpy.uint8)
         zero_points = bits.get(formats.ZERO_POINT)
         return Unpacked(
             codes, bits[formats.SCALE].view(dtype), None if zero_points is None else zero_points.view(dtype)
@@ -231,17 +236,15 @@ class QuantizedTensor:
 
         The result is in the library and on the device of ``packed``.
         """
-        dtype = dtype or self.scale_dtype
+        dtype = dtype or self.spec.dense_dtype
         if dtype not in NUMPY_DTYPES:
             raise ValueError(f"dtype is {dtype!r}; use one of {', '.join(NUMPY_DTYPES)}.")
         xp = namespace(self._native)
         with on(self.device):
             result = xp.empty(self.shape, dtype=NUMPY_DTYPES[dtype])
             for columns, values in self.blocks():
-                if dtype == FLOAT32:
-                    result[:, columns] = values
-                else:
-                    result.view(xp.uint16)[:, columns] = to_bits(values, dtype)
+                scalar = by_name(dtype)
+                result.view(scalar.stored_as)[:, columns] = scalar.to_bits(values)
         return frameworks.of(self.packed).from_native(result)
 
     def blocks(self) -> Iterator[tuple[slice, Array]]:
@@ -249,7 +252,8 @@ class QuantizedTensor:
         for columns in column_blocks(self.shape, self.device):
             with on(self.device):
                 packed = self._native[columns.start // SLAB_N : -(-columns.stop // SLAB_N)]
-                values = decoded(self.layout, packed, columns.stop - columns.start)
+                scales = None if self._factors is None else self._factors[columns]
+                values = decoded(self.layout, packed, columns.stop - columns.start, scales)
             yield columns, values
 
     def to(self, where: str | Device) -> QuantizedTensor:

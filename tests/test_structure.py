@@ -24,6 +24,7 @@ CUDA = source_root()
 ROWS = (
     ("errors",),
     ("device",),
+    ("scalars",),
     ("frameworks", "formats", "timing", "progress", "writes"),
     ("layout",),
     ("spec",),

@@ -5,9 +5,31 @@ from __future__ import annotations
 from typing import Any, ClassVar
 
 from marlin_cupy.device import namespace
-from marlin_cupy.formats.format import SCALE, ZERO_POINT, Format, Params, reciprocal
+from marlin_cupy.formats.format import SCALE, ZERO_POINT, Bits, Format, Params, Plane, reciprocal
 
 Array = Any
+
+#: Nibbles p and p + 4 of a word hold the two codes of register p, so that one mask lifts a pair
+#: into the two 16-bit halves of a register, for fp16 and bf16 alike.
+PAIRS_FOUR_APART = (0, 2, 4, 6, 1, 3, 5, 7)
+
+
+def nibble_planes(*widths: int) -> tuple[Plane, ...]:
+    """Planes of 1 or 2 bits of a code, the lowest bits first, for codes of fewer than 4 bits.
+
+    A word of a plane holds its bits of several atoms, interleaved: shifted and masked, they lie where a word of 4-bit
+    codes has them, in nibbles as PAIRS_FOUR_APART orders them. So one decoder serves all of these formats::
+
+        plane of 2 bits, of two atoms      a nibble: [ atom 1 ][ atom 0 ]
+        plane of 1 bit, of four atoms      a nibble: [ atom 3 ][ atom 2 ][ atom 1 ][ atom 0 ]
+    """
+    first, planes = 0, []
+    for width in widths:
+        planes.append(
+            tuple(Bits(8 * atom + value, first, width) for value in PAIRS_FOUR_APART for atom in range(4 // width))
+        )
+        first += width
+    return tuple(planes)
 
 
 class SymmetricInteger(Format):

@@ -6,8 +6,9 @@ import itertools
 from typing import Any
 
 from marlin_cupy.device import namespace
-from marlin_cupy.formats.format import SCALE, Format, Params, reciprocal
+from marlin_cupy.formats.format import SCALE, Format, Params, reciprocal, whole_codes
 from marlin_cupy.formats.registry import register
+from marlin_cupy.scalars import U4
 
 Array = Any
 
@@ -50,10 +51,11 @@ class NormalFloat(Format):
 register(
     NormalFloat(
         name="nf4",
-        bits=4,
+        codes=U4,
+        planes=whole_codes(4, range(8)),  # byte p is the pair of register p: the index of a table of pairs
         default_group_size=64,
-        order=(0, 1, 2, 3, 4, 5, 6, 7),  # byte p is the pair of register p: the index of a table of pairs
         source="QLoRA (Dettmers et al. 2023, arXiv:2305.14314), appendix E",
+        largest_value=1,
         table=TABLE,
         table_bytes=256 * 32 * 4,  # all pairs of codes, a copy per lane
     )

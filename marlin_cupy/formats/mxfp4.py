@@ -1,0 +1,85 @@
+"""mxfp4: 4-bit floats with 1 bit of mantissa, times a power of two per 32 weights."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from marlin_cupy.device import namespace
+from marlin_cupy.formats.format import SCALE, Bits, Format, Params, Plane, reciprocal
+from marlin_cupy.formats.registry import register
+from marlin_cupy.scalars import E8M0, U4
+
+Array = Any
+
+#: Of codes 0 to 7 (e2m1: a sign, two bits of exponent, one of mantissa); 8 to 15 are the same, negative.
+MAGNITUDES = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
+
+
+def _planes() -> tuple[Plane, ...]:
+    """Four codes of a word lie where float16 has sign and magnitude; the other four fill what is left::
+
+    byte    7: sign of A   6-4: magnitude of B   3-1: magnitude of A   0: sign of B
+    codes   A of bytes 0 to 3: 2, 0, 3, 1       B of bytes 0 to 3: 6, 4, 7, 5
+    """
+    runs: list[Bits] = []
+    for a, b in ((2, 6), (0, 4), (3, 7), (1, 5)):
+        runs += [Bits(b, 3, 1), Bits(a, 0, 3), Bits(b, 0, 3), Bits(a, 3, 1)]
+    return (tuple(runs),)
+
+
+class MicroscalingFloat4(Format):
+    """weight = (-1)**sign * MAGNITUDES[code % 8] * 2**(scale bits - 127)."""
+
+    @property
+    def zero_code(self) -> int:
+        """+0."""
+        return 0
+
+    @property
+    def shrinks(self) -> tuple[float, ...]:
+        """Powers of two are far apart: what the specification says, its double and its half."""
+        return 1.0, 2.0, 0.5
+
+    def check_group_size(self, group_size: int) -> None:
+        """Blocks of 32, nothing else."""
+        if group_size != 32:
+            raise ValueError(f"group_size is {group_size}; mxfp4 has one scale per 32 weights.")
+
+    def fit(self, weights: Array, shrink: float) -> dict[str, Array]:
+        """OCP MX 1.0, section 6.3: the exponent of the largest magnitude less that of 4, the largest power of two."""
+        xp = namespace(weights)
+        largest = xp.max(xp.abs(weights), axis=1)
+        _, exponent = xp.frexp(largest)
+        scale = xp.ldexp(xp.float32(shrink), xp.clip(exponent - 3, -126, 126)).astype(xp.float32)
+        return {SCALE: xp.where(largest == 0, xp.float32(0), scale)}
+
+    def encode(self, weights: Array, params: Params) -> Array:
+        """Round to nearest, ties to the even code, then clamp to 6."""
+        xp = namespace(weights)
+        scaled = weights * reciprocal(params[SCALE])[:, None, :]
+        magnitude = xp.minimum(xp.abs(scaled), xp.float32(6))
+        _, exponent = xp.frexp(magnitude)  # magnitude = fraction * 2**exponent, fraction from 1/2 to 1
+        step = xp.maximum(exponent - 1, 0) - 1  # exponent of the distance between codes
+        codes = ((step + 1) << 1) + xp.rint(xp.ldexp(magnitude, -step)).astype(xp.int32)
+        return (codes + xp.where(xp.signbit(scaled), 8, 0)).astype(xp.uint8)
+
+    def decode(self, codes: Array, params: Params) -> Array:
+        """Sign and magnitude, then the scale, in float32."""
+        xp = namespace(codes)
+        exponent, mantissa = (codes >> 1) & 3, (codes & 1).astype(xp.float32)
+        normal = xp.ldexp(1 + mantissa / 2, xp.maximum(exponent.astype(xp.int32) - 1, 0))
+        magnitude = xp.where(exponent == 0, mantissa / 2, normal)
+        return xp.where(codes >= 8, -magnitude, magnitude).astype(xp.float32) * params[SCALE][:, None, :]
+
+
+register(
+    MicroscalingFloat4(
+        name="mxfp4",
+        codes=U4,
+        planes=_planes(),
+        default_group_size=32,
+        source="OCP Microscaling Formats (MX) Specification 1.0, section 5",
+        largest_value=8,
+        scale_dtypes=(E8M0,),
+    )
+)
