@@ -272,19 +272,22 @@ class Layout:
             f"    static constexpr int half_bytes = {self.half_bytes}, slab_bytes = {2 * self.half_bytes};",
             "    // Byte offsets in a half slab; `rows` is 0 or 1, the 16-row block.",
         ]
+        names = [place.field.name for place in self.parameters]
+        if SCALE not in names:
+            lines.append("    struct scale;  // there is none: it is one per output")
         for place in self.parameters:
             lines += [
                 f"    struct {place.field.name} {{",
                 f"        using Type = {place.field.scalar.cpp};",
                 "        static __device__ constexpr int at(int k_granule, int rows) {",
-                f"            return {place.start} + (2 * k_granule + rows) * {place.rows_bytes};",
+                f"            return (({place.start // (2 * place.rows_bytes)} + k_granule) * 2 + rows) * {place.rows_bytes};",
                 "        }",
                 "    };",
             ]
         for number, plane in enumerate(self.planes):
             lines += [
                 f"    struct plane{number} {{",
-                f"        static constexpr int bits = {plane.bits}, load_bytes = {plane.load_bytes};",
+                f"        static constexpr int number = {number}, bits = {plane.bits}, load_bytes = {plane.load_bytes};",
                 f"        static constexpr int load_atoms = {plane.load_atoms};  // of 16 K in a lane's load",
                 "        static __device__ constexpr int at(int k_block, int rows) {",
                 f"            return {plane.start} + (2 * k_block + rows) * {_LANES * plane.load_bytes};",
@@ -293,6 +296,7 @@ class Layout:
             ]
         lines += [
             f"    static constexpr int planes = {len(self.planes)};",
+            f"    static constexpr bool has_scale = {str(SCALE in names).lower()};",
             "};",
             f"constexpr int ZERO_CODE = {self.format.zero_code}, LARGEST_VALUE = {self.format.largest_value};",
         ]

@@ -1,32 +1,37 @@
-// What cuda_src/formats/<name>.cuh provides: `template <class T, class S> struct Codec` with
+// What cuda_src/formats/<name>.cuh provides: `template <class T> struct Codec` with
 //
-//   params          16-bit parameters per output and granule, the scale first (the Python format's `params`)
-//   bits            width of a code
 //   table_bytes     shared memory it wants; fill_table() is called once by all threads of the block
 //   Group           what decoding needs to know of a granule, for this lane's rows g and g + 8
-//   group(...)      makes it from parameters after the scale: param(i) is the pair (row g, row g + 8) of parameter i
-//   decode(...)     bits / 4 words -> the four registers of an m16k16 A fragment: 8 unscaled values of type T
+//   group(...)      makes it from Parameters (layout.cuh), those after the scale
+//   decode(...)     an Atom (layout.cuh) -> the four registers of an m16k16 A fragment: 8 unscaled values of type T
 //
 //   Scaled          decodes weights times their scales, for kernels that do not scale accumulators; see ScaledWeights
 //   Products        how products with codes become sums, for kernels that do; see ExactProducts
 //
-// T is the type of the activations, S that of the parameters. Kernels multiply accumulators by the scale, so a
-// decoded value carries no rounding error unless the format's values have no exact T.
+// T is the type of the activations. The preamble defines Slab, ZERO_CODE and LARGEST_VALUE of the format. Kernels multiply
+// accumulators by the scale, so a decoded value carries no rounding error unless the format's values have no exact T.
 #pragma once
+#include "layout.cuh"
 #include "ptx/types.cuh"
 
+template <bool first, class A, class B>
+struct Either {
+    using Type = A;
+};
+template <class A, class B>
+struct Either<false, A, B> {
+    using Type = B;
+};
+
 // The parts of a format whose only parameter is the scale and which needs no table.
-template <int code_bits>
 struct ScaleOnly {
-    static constexpr int params = 1;
-    static constexpr int bits = code_bits;
     static constexpr int table_bytes = 0;
     struct Group {};
 
     static __device__ void fill_table(u32, int, int) {}
 
-    template <class Param>
-    static __device__ Group group(Param) {
+    template <class Parameters>
+    static __device__ Group group(const Parameters&) {
         return {};
     }
 };
@@ -35,10 +40,10 @@ struct ScaleOnly {
 //
 // Float16 has little range, so its kernels give scales times a factor of each output, a power of two that puts the
 // largest near 2^15; what is multiplied by them must then stay below 1 or so. `unit` is there for that.
-template <class Codec, class T, int largest_value>
+template <class Codec, class T>
 struct ScaledWeights {
     static constexpr bool needs_factors = T::narrow;
-    static constexpr float unit = 1.0f / largest_value;
+    static constexpr float unit = 1.0f / LARGEST_VALUE;
     typename Codec::Group group;
     u32 scale[2];  // of rows g and g + 8, in both halves
 
@@ -46,11 +51,33 @@ struct ScaledWeights {
     __device__ ScaledWeights(const typename Codec::Group& group, float scale_g, float scale_g8)
         : group(group), scale{T::pack(scale_g * unit, scale_g * unit), T::pack(scale_g8 * unit, scale_g8 * unit)} {}
 
+    // What sums of such weights are multiplied by at the end of a tile.
+    static __device__ float undo(float factor) { return inverse_power(factor * unit); }
+
     // Registers 0 and 2 of a fragment belong to row g, 1 and 3 to row g + 8.
-    __device__ void decode(u32 (&a)[4], const u32* words, u32 table) const {
-        Codec::decode(a, words, group, table);
+    template <class Atom>
+    __device__ void decode(u32 (&a)[4], const Atom& atom, u32 table) const {
+        Codec::decode(a, atom, group, table);
 #pragma unroll
         for (int p = 0; p < 4; ++p) a[p] = T::multiply(a[p], scale[p % 2]);
+    }
+};
+
+// Where the scale is one per output, which multiplies sums: weights are decoded and no more. What kernels know as an
+// output's factor is its scale.
+template <class Codec>
+struct OutputScaled {
+    static constexpr bool needs_factors = true;
+    typename Codec::Group group;
+
+    OutputScaled() = default;
+    __device__ OutputScaled(const typename Codec::Group& group, float, float) : group(group) {}
+
+    static __device__ float undo(float scale) { return scale; }
+
+    template <class Atom>
+    __device__ void decode(u32 (&a)[4], const Atom& atom, u32 table) const {
+        Codec::decode(a, atom, group, table);
     }
 };
 
@@ -61,8 +88,9 @@ struct ExactProducts {
     static constexpr u32 one = 0;
     static constexpr float unit = 1.0f;
 
-    static __device__ void decode(u32 (&a)[4], const u32* words, const typename Codec::Group& group, u32 table) {
-        Codec::decode(a, words, group, table);
+    template <class Atom>
+    static __device__ void decode(u32 (&a)[4], const Atom& atom, const typename Codec::Group& group, u32 table) {
+        Codec::decode(a, atom, group, table);
     }
 
     // Accumulators 0 and 1 belong to row g, 2 and 3 to row g + 8.
@@ -70,6 +98,20 @@ struct ExactProducts {
                                const float (&scale)[2]) {
 #pragma unroll
         for (int i = 0; i < 4; ++i) sums[i] += products[i] * scale[i / 2];
+    }
+};
+
+// As ExactProducts, of values times a unit, a power of two, where that saves a multiplication: the end of a tile undoes it.
+template <class Codec, class Values, bool keeps_unit>
+struct UnitProducts : ExactProducts<Codec> {
+    static constexpr float unit = keeps_unit ? Values::unit : 1.0f;
+
+    template <class Atom>
+    static __device__ void decode(u32 (&a)[4], const Atom& atom, const typename Codec::Group& group, u32 table) {
+        if constexpr (keeps_unit)
+            Values::pairs(a, atom.template word<Slab::plane0>());
+        else
+            Codec::decode(a, atom, group, table);
     }
 };
 
@@ -85,6 +127,8 @@ struct SubnormalScales {
     static constexpr bool needs_factors = true;
     static constexpr float unit = 1.0f / (1 << 24), lifted = T::narrow ? 1.0f : 0x1p109f;
     u32 scale[2], zero[2];  // of rows g and g + 8, in both halves
+
+    static __device__ float undo(float factor) { return inverse_power(factor * unit); }
 
     SubnormalScales() = default;
     template <class Group>

@@ -24,25 +24,28 @@ struct Bytes<BFloat16> {
 };
 
 template <class T>
-struct ScaledInt8 : SubnormalScales<T, 128, 0> {
-    using SubnormalScales<T, 128, 0>::SubnormalScales, SubnormalScales<T, 128, 0>::scale, SubnormalScales<T, 128, 0>::zero;
+struct ScaledInt8 : SubnormalScales<T, ZERO_CODE, 0> {
+    using Base = SubnormalScales<T, ZERO_CODE, 0>;
+    using Base::SubnormalScales, Base::scale, Base::zero;
 
-    __device__ void decode(u32 (&a)[4], const u32* words, u32) const {
+    template <class Atom>
+    __device__ void decode(u32 (&a)[4], const Atom& atom, u32) const {
 #pragma unroll
         for (int p = 0; p < 4; ++p) {
-            const u32 word = words[p / 2], codes = p % 2 ? __byte_perm(word, 0, 0x4341) : word & 0x00FF00FFu;
+            const u32 word = atom.template word<Slab::plane0>(p / 2), codes = p % 2 ? __byte_perm(word, 0, 0x4341) : word & 0x00FF00FFu;
             a[p] = T::fma(codes, scale[p % 2], zero[p % 2]);
         }
     }
 };
 
-template <class T, class S>
-struct Codec : ScaleOnly<8> {
+template <class T>
+struct Codec : ScaleOnly {
     using Scaled = ScaledInt8<T>;
     using Products = ExactProducts<Codec>;
 
-    static __device__ void decode(u32 (&a)[4], const u32* words, const ScaleOnly<8>::Group&, u32) {
+    template <class Atom>
+    static __device__ void decode(u32 (&a)[4], const Atom& atom, const Group&, u32) {
 #pragma unroll
-        for (int p = 0; p < 4; ++p) a[p] = Bytes<T>::pair(p % 2, words[p / 2]);
+        for (int p = 0; p < 4; ++p) a[p] = Bytes<T>::pair(p % 2, atom.template word<Slab::plane0>(p / 2));
     }
 };

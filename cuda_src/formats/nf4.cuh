@@ -4,11 +4,10 @@
 // FORMAT_TABLE comes from the Python format.
 #pragma once
 #include "formats/codec.cuh"
-#include "ptx/shared_memory.cuh"
 
-template <class T, class S>
-struct Codec : ScaleOnly<4> {
-    using Scaled = ScaledWeights<Codec, T, 1>;
+template <class T>
+struct Codec : ScaleOnly {
+    using Scaled = ScaledWeights<Codec, T>;
     using Products = ExactProducts<Codec>;
 
     static constexpr int table_bytes = 256 * WARP * 4;
@@ -20,11 +19,13 @@ struct Codec : ScaleOnly<4> {
         }
     }
 
-    static __device__ void decode(u32 (&a)[4], const u32* words, const ScaleOnly<4>::Group&, u32 table) {
+    template <class Atom>
+    static __device__ void decode(u32 (&a)[4], const Atom& atom, const Group&, u32 table) {
+        const u32 word = atom.template word<Slab::plane0>();
         const u32 bank = table + 4 * (threadIdx.x % WARP);
 #pragma unroll
         for (int p = 0; p < 4; ++p) {
-            const u32 row = p == 0 ? words[0] << 7 : words[0] >> (8 * p - 7);  // byte p, times 128 bytes
+            const u32 row = p == 0 ? word << 7 : word >> (8 * p - 7);  // byte p, times 128 bytes
             a[p] = load_shared(bank + (row & 0x7F80u));
         }
     }

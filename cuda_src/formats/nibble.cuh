@@ -4,7 +4,7 @@
 //
 // A code ORed into the mantissa of a power of two whose last bit counts 1 is that power plus the code.
 #pragma once
-#include "ptx/types.cuh"
+#include "formats/codec.cuh"
 
 // (word & mask) | magic in one instruction; the compiler makes two of the expression, both constants immediate.
 template <u32 mask, u32 magic>
@@ -87,14 +87,15 @@ struct MaskedNibbles<BFloat16> {
     static constexpr float second_unit = 1.0f;
 };
 
-// The `Products` of int4 and uint4; Codec::zero_point(group, i) is that of row g + 8 i. Sums count in `unit`.
+// The `Products` of integers of 4 bits and less; Codec::nibbles(atom) is their word, Codec::zero_point(group, i) is that of row g + 8 i. Sums count in `unit`.
 template <class Codec, class T>
 struct NibbleProducts : MaskedNibbles<T> {
     using Masked = MaskedNibbles<T>;
     static constexpr bool needs_sums_of_x = true;
 
-    static __device__ void decode(u32 (&a)[4], const u32* words, const typename Codec::Group&, u32) {
-        Masked::decode(a, words[0]);
+    template <class Atom>
+    static __device__ void decode(u32 (&a)[4], const Atom& atom, const typename Codec::Group&, u32) {
+        Masked::decode(a, Codec::nibbles(atom));
     }
 
     static __device__ void add(float (&sums)[4], const float (&products)[4], const float (&x)[4],
@@ -107,5 +108,43 @@ struct NibbleProducts : MaskedNibbles<T> {
             sums[i] += (products[i] - zero * x[i]) * scale[0];
             sums[i + 2] += (Masked::second(products[i + 2], products[i]) - second_zero * x[i]) * second_scale;
         }
+    }
+};
+
+// Weights times their scales; Word::of(atom) is the word of nibbles.
+template <class T, class Word>
+struct ScaledNibbles : SubnormalScales<T, ZERO_CODE, 4> {
+    using Base = SubnormalScales<T, ZERO_CODE, 4>;
+    using Base::SubnormalScales, Base::scale, Base::zero;
+
+    template <class Atom>
+    __device__ void decode(u32 (&a)[4], const Atom& atom, u32) const {
+        const u32 word = Word::of(atom), shifted = word >> 8;
+        a[0] = T::fma(word & 0x000F000Fu, scale[0], zero[0]);
+        a[1] = T::fma(word & 0x00F000F0u, scale[1], zero[1]);
+        a[2] = T::fma(shifted & 0x000F000Fu, scale[0], zero[0]);
+        a[3] = T::fma(shifted & 0x00F000F0u, scale[1], zero[1]);
+    }
+};
+
+// Integers of 4 bits and less around ZERO_CODE.
+template <class T, class Word>
+struct SymmetricNibbles : ScaleOnly {
+    using Scaled = ScaledNibbles<T, Word>;
+    using Products = NibbleProducts<SymmetricNibbles, T>;
+
+    static __device__ float zero_point(const Group&, int) { return ZERO_CODE; }
+
+    template <class Atom>
+    static __device__ u32 nibbles(const Atom& atom) {
+        return Word::of(atom);
+    }
+
+    template <class Atom>
+    static __device__ void decode(u32 (&a)[4], const Atom& atom, const Group&, u32) {
+        const auto zero = Nibbles<T>::zero(ZERO_CODE);
+        const u32 word = nibbles(atom);
+#pragma unroll
+        for (int p = 0; p < 4; ++p) a[p] = Nibbles<T>::pair(p, word, zero);
     }
 };

@@ -29,8 +29,7 @@ struct Args {
 constexpr int ROW_BYTES = 2 * SLAB_K + 16;  // in shared memory: rows start in different banks, at multiples of 16 bytes
 
 extern "C" __global__ void __launch_bounds__(Config::threads) dequantize(const __grid_constant__ Args args) {
-    using Decoder = Codec<Float16, Scale>;
-    using Packed = Layout<Decoder, GRANULE>;
+    using Decoder = Codec<Float16>;
     static_assert(Config::threads == SLAB_N / 16 * WARP, "a warp for 16 outputs");
     static_assert(Decoder::table_bytes + SLAB_N * ROW_BYTES == SHARED_BYTES, "the host twin reserves this much");
 
@@ -44,27 +43,23 @@ extern "C" __global__ void __launch_bounds__(Config::threads) dequantize(const _
     const int total = (args.N + SLAB_N - 1) / SLAB_N * args.slabs;
     for (int slab = blockIdx.x; slab < total; slab += gridDim.x) {
         const int n = slab / args.slabs, k = slab % args.slabs;
-        const u8* const half = args.weight + (static_cast<i64>(n) * args.slabs_k + args.first_slab + k) * Packed::slab_bytes +
-                               warp / 2 * Packed::half_bytes;
+        const u8* const half = args.weight + (static_cast<i64>(n) * args.slabs_k + args.first_slab + k) * Slab::slab_bytes +
+                               warp / 2 * Slab::half_bytes;
+        LaneCodes<SLAB_ATOMS> codes;
 #pragma unroll
-        for (int block = 0; block < SLAB_K / 16 / Packed::atoms_per_block; ++block) {
-            const Vec4 codes = *reinterpret_cast<const Vec4*>(half + Packed::block(block, warp % 2) + 16 * lane);
+        for (int atom = 0; atom < SLAB_ATOMS; ++atom) {
+            const GlobalBytes bytes{half};
+            codes.load(bytes, warp % 2, atom, atom, lane);
+            const Parameters<GlobalBytes> parameters{bytes, 16 * atom / Slab::granule, warp % 2, lane};
+            const auto pair = parameters.scale();
+            const float scale[2] = {pair.of(0), pair.of(1)};
+            u32 values[4];
+            Decoder::decode(values, Atom<SLAB_ATOMS>{codes, atom}, Decoder::group(parameters), table);
 #pragma unroll
-            for (int a = 0; a < Packed::atoms_per_block; ++a) {
-                const int atom = block * Packed::atoms_per_block + a;
-                const auto param = [&](int i) {
-                    return *reinterpret_cast<const u32*>(half + Packed::param(i, 16 * atom / GRANULE, warp % 2) + lane / 4 * 4);
-                };
-                const u32 pair = param(0);
-                const float scale[2] = {Scale::to_float(pair & 0xFFFFu), Scale::to_float(pair >> 16)};  // rows g, g + 8
-                u32 values[4];
-                Decoder::decode(values, &codes.word[a * Packed::words], Decoder::group(param), table);
-#pragma unroll
-                for (int p = 0; p < 4; ++p)  // registers 1 and 3 belong to row g + 8, 2 and 3 to the later columns
-                    store_shared(mine + p % 2 * 8 * ROW_BYTES + 32 * atom + p / 2 * 16,
-                                 Activation::pack(Float16::to_float(values[p] & 0xFFFFu) * scale[p % 2],
-                                                  Float16::to_float(values[p] >> 16) * scale[p % 2]));
-            }
+            for (int p = 0; p < 4; ++p)  // registers 1 and 3 belong to row g + 8, 2 and 3 to the later columns
+                store_shared(mine + p % 2 * 8 * ROW_BYTES + 32 * atom + p / 2 * 16,
+                             Activation::pack(Float16::to_float(values[p] & 0xFFFFu) * scale[p % 2],
+                                              Float16::to_float(values[p] >> 16) * scale[p % 2]));
         }
         __syncthreads();
         for (int i = threadIdx.x; i < SLAB_N * SLAB_K / 8; i += Config::threads) {

@@ -45,9 +45,8 @@ struct Tile : Config {
 };
 
 extern "C" __global__ void __launch_bounds__(Tile::threads, Config::blocks_per_sm) gemm(const __grid_constant__ Args args) {
-    using Decoder = Codec<Activation, Scale>;
-    using Packed = Layout<Decoder, GRANULE>;
-    using Ring = Stage<Tile, Packed>;
+    using Decoder = Codec<Activation>;
+    using Ring = Stage<Tile>;
     using Output = Epilogue<Tile, Activation>;
     constexpr int ring_bytes = Tile::stages * Ring::bytes;
     static_assert(Decoder::table_bytes + ring_bytes + Output::bytes == SHARED_BYTES, "the host twin reserves this much");
@@ -63,7 +62,7 @@ extern "C" __global__ void __launch_bounds__(Tile::threads, Config::blocks_per_s
     const i64 begin = stripes.begin(blockIdx.x);
     int left = static_cast<int>(stripes.begin(blockIdx.x + 1) - begin);
 
-    Feed<Tile, Packed, Args> feed(args, steps, begin, left);
+    Feed<Tile, Args> feed(args, steps, begin, left);
 #pragma unroll
     for (int stage = 0; stage < Tile::stages - 1; ++stage) feed.next(ring + stage * Ring::bytes);
     Decoder::fill_table(table, threadIdx.x, Tile::threads);
@@ -72,7 +71,7 @@ extern "C" __global__ void __launch_bounds__(Tile::threads, Config::blocks_per_s
     const int row_atom = warp % Tile::warps_n * Tile::row_atoms;
     const int token = warp / Tile::warps_n % Tile::warps_m * 8 * Tile::token_tiles;
     const int k_atom = warp / (Tile::warps_n * Tile::warps_m) * Tile::k_atoms;
-    WarpTile<Tile, Ring, Packed, Decoder, Activation, Scale, GRANULE> work;
+    WarpTile<Tile, Ring, Decoder, Activation> work;
     work.clear();
 
     int tile = static_cast<int>(begin / steps), step = static_cast<int>(begin % steps);

@@ -58,16 +58,15 @@ struct Tile : Config {
     static constexpr bool scale_weights = false, sums_of_x = true;
 };
 
-using Decoder = Codec<Activation, Scale>;
-using Packed = Layout<Decoder, GRANULE>;
+using Decoder = Codec<Activation>;
 
 // A slot: a slab or half a slab, and x, which has memory of its own for the alignment of its swizzle.
 struct Place {
-    static constexpr int weight_bytes = Tile::halves * Packed::half_bytes;
+    static constexpr int weight_bytes = Tile::halves * Slab::half_bytes;
     static constexpr int x_half = Tile::tokens * 128;  // 64 K
     static constexpr int x_bytes = 2 * x_half;
 
-    static __device__ constexpr int half(int half_row, int) { return half_row * Packed::half_bytes; }
+    static __device__ constexpr int half(int half_row, int) { return half_row * Slab::half_bytes; }
     static __device__ constexpr int token_chunk(int token, int chunk) {
         return chunk / 8 * x_half + token * 128 + 16 * (chunk % 8 ^ token % 8);
     }
@@ -114,13 +113,13 @@ extern "C" __global__ void __cluster_dims__(Config::cluster) __launch_bounds__(T
     const int tiles = args.rounds - (first_tile + (args.rounds - 1) * clusters < args.tiles_n ? 0 : 1);
     const int x_bytes = args.M * SLAB_K * 2;  // tokens beyond M are not copied: a token's products depend on no other
     const u64 policy = policy_evict_first();
-    const i64 first = args.stack.number() * (args.tiles_n * Config::halves / 2) * args.slabs_k * Packed::slab_bytes;
+    const i64 first = args.stack.number() * (args.tiles_n * Config::halves / 2) * args.slabs_k * Slab::slab_bytes;
 
     auto copy_weights = [&](int slot, const Walk& at) {
         constexpr int per_slab = 2 / Config::halves;  // tiles
         const u8* source = args.weight + first +
-                           (static_cast<i64>(at.tile / per_slab) * args.slabs_k + at.slab) * Packed::slab_bytes +
-                           at.tile % per_slab * Packed::half_bytes;
+                           (static_cast<i64>(at.tile / per_slab) * args.slabs_k + at.slab) * Slab::slab_bytes +
+                           at.tile % per_slab * Slab::half_bytes;
         copy_bulk(ring + slot * Place::weight_bytes, source, Place::weight_bytes, barriers + 8 * slot, policy);
     };
     auto copy_x = [&](int slot, const Walk& at) {
@@ -174,7 +173,7 @@ extern "C" __global__ void __cluster_dims__(Config::cluster) __launch_bounds__(T
     if (!args.dependent) Decoder::fill_table(table, threadIdx.x, Tile::threads);
     if (Decoder::table_bytes) __syncthreads();
 
-    WarpTile<Tile, Place, Packed, Decoder, Activation, Scale, GRANULE> work;
+    WarpTile<Tile, Place, Decoder, Activation> work;
     int slot = 0;
     u32 parity = 0;
     for (int t = 0; t < tiles; ++t) {

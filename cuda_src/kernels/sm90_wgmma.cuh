@@ -65,15 +65,14 @@ struct Tile : Config {
 
 enum Barrier { ALL = 1, CONSUMERS, FIRST_K_GROUP, STORE };  // STORE + wg_n
 
-using Decoder = Codec<Activation, Scale>;
-using Packed = Layout<Decoder, GRANULE>;
+using Decoder = Codec<Activation>;
 
 // Shared memory, from the start: x needs the alignment of its swizzle.
 struct Place {
     static constexpr int LENT_BYTES = 16384;                          // less than that is not worth waiting for the ring
     static constexpr int x_bytes = Tile::tokens * SLAB_K * 2;
     static constexpr int x_half = x_bytes / 2;                        // 64 K
-    static constexpr int weight_bytes = Tile::slabs * Packed::slab_bytes;
+    static constexpr int weight_bytes = Tile::slabs * Slab::slab_bytes;
     static constexpr int share_bytes = Tile::rows * Tile::tokens * 4;
     static constexpr int turn_bytes = 16 * SLAB_N * 2;                // 16 tokens of a row block
 
@@ -137,20 +136,20 @@ __device__ inline void produce_weights(const Args& args, u32 shared) {
     for (Segments all = segments_of(args); all.next();) {
         const int first = Corner(args, all.now.tile).row_block;
         const int count = args.slabs_n - first < Tile::slabs ? args.slabs_n - first : Tile::slabs;
-        const i64 pitch = static_cast<i64>(args.schedule.steps) * Packed::slab_bytes;
+        const i64 pitch = static_cast<i64>(args.schedule.steps) * Slab::slab_bytes;
         const Segment range = all.now.part(static_cast<int>(cluster_rank()), Tile::cluster);
-        const u8* source = args.weight + first * pitch + static_cast<i64>(range.begin) * Packed::slab_bytes;
+        const u8* source = args.weight + first * pitch + static_cast<i64>(range.begin) * Slab::slab_bytes;
         if (STACKED) source += args.stack.number() * args.slabs_n * pitch;
 #pragma unroll 1
-        for (int k = range.begin; k < range.end; ++k, source += Packed::slab_bytes) {
+        for (int k = range.begin; k < range.end; ++k, source += Slab::slab_bytes) {
             const u32 full = shared + Place::full + 8 * ring.stage;
             const u32 stage = shared + Place::weights + ring.stage * Place::weight_bytes;
             barrier_wait(shared + Place::empty + 8 * ring.stage, ring.parity ^ 1);
-            barrier_expect(full, count * Packed::slab_bytes);
+            barrier_expect(full, count * Slab::slab_bytes);
 #pragma unroll
             for (int i = 0; i < Tile::slabs; ++i)
                 if (i == 0 || i < count)
-                    copy_bulk(stage + i * Packed::slab_bytes, source + i * pitch, Packed::slab_bytes, full, policy);
+                    copy_bulk(stage + i * Slab::slab_bytes, source + i * pitch, Slab::slab_bytes, full, policy);
             ring.advance(1);
         }
     }
@@ -230,7 +229,7 @@ private:
             for (int i = 0; i < Tile::sums; ++i) sums[r][i] = 0.0f;
 
         u32 a[sets][Tile::row_blocks][atoms][4];
-        Vec4 codes[Tile::row_blocks];
+        LaneCodes<SLAB_ATOMS> codes[Tile::row_blocks];
         Scaled scaled[Tile::row_blocks];
         int before = -1;  // the stage whose last products may be under way
         const int skip = (wg_k + Tile::wgs_k - ring.stage % Tile::wgs_k) % Tile::wgs_k;
@@ -240,7 +239,7 @@ private:
             barrier_wait(shared + Place::full + 8 * mine.stage, mine.parity);
             const u64 x = wgmma_descriptor(uniform(shared + mine.stage * Place::x_bytes));
             const u32 slab = shared + Place::weights + mine.stage * Place::weight_bytes +
-                             wg_n * Tile::row_blocks * Packed::slab_bytes + warp / 2 * Packed::half_bytes;
+                             wg_n * Tile::row_blocks * Slab::slab_bytes + warp / 2 * Slab::half_bytes;
 #pragma unroll
             for (int group = 0; group < groups; ++group) {
                 const int set = group % sets;
@@ -248,7 +247,7 @@ private:
                 for (int j = 0; j < atoms; ++j)
 #pragma unroll
                     for (int r = 0; r < Tile::row_blocks; ++r)
-                        decode(a[set][r][j], codes[r], scaled[r], factor[r], slab + r * Packed::slab_bytes, group * atoms + j);
+                        decode(a[set][r][j], codes[r], scaled[r], factor[r], slab + r * Slab::slab_bytes, group * atoms + j);
                 wgmma_fence();
 #pragma unroll
                 for (int r = 0; r < Tile::row_blocks; ++r)
@@ -279,21 +278,16 @@ private:
     }
 
     // The A fragment of 16 rows x 16 K of a slab, times its scales. Codes and scales are loaded where theirs begin.
-    __device__ void decode(u32 (&a)[4], Vec4& codes, Scaled& scaled, const float (&factor)[2], u32 half_slab, int atom) const {
-        if (atom % Packed::atoms_per_block == 0)
-            codes = load_shared_vec4(half_slab + Packed::block(atom / Packed::atoms_per_block, warp % 2) + 16 * lane);
-        if (atom * 16 % GRANULE == 0) {
-            const auto param = [&](int i) {
-                return load_shared(half_slab + Packed::param(i, atom * 16 / GRANULE, warp % 2) + lane / 4 * 4);
-            };
-            const u32 pair = param(0);
-            scaled = Scaled(Decoder::group(param), Scale::to_float(pair & 0xFFFFu) * factor[0],
-                            Scale::to_float(pair >> 16) * factor[1]);
+    __device__ void decode(u32 (&a)[4], LaneCodes<SLAB_ATOMS>& codes, Scaled& scaled, const float (&factor)[2], u32 half_slab, int atom) const {
+        const SharedBytes half{half_slab};
+        codes.load(half, warp % 2, atom, atom, lane);
+        if (atom * 16 % Slab::granule == 0) {
+            const Parameters<SharedBytes> parameters{half, atom * 16 / Slab::granule, warp % 2, lane};
+            const auto scale = parameters.scale();
+            scaled = Scaled(Decoder::group(parameters), scale.of(0) * factor[0], scale.of(1) * factor[1]);
         }
-        u32* const words = &codes.word[atom % Packed::atoms_per_block * Packed::words];
-#pragma unroll
-        for (int i = 0; i < Packed::words; ++i) pin(words[i]);
-        scaled.decode(a, words, shared + Place::table);
+        codes.keep(atom);
+        scaled.decode(a, Atom<SLAB_ATOMS>{codes, atom}, shared + Place::table);
 #pragma unroll
         for (int i = 0; i < 4; ++i) pin(a[i]);
     }
@@ -439,7 +433,7 @@ private:
         const u32 put = turn + from * pitch + ((2 * warp + lane / 8 % 2) ^ (from % 8)) * 16;
         const u32 get = turn + to * pitch + ((lane % 8) ^ (to % 8)) * 16;
         float bias[2] = {0.0f, 0.0f};
-        const float undo[2] = {inverse_power(factor[0] * Scaled::unit), inverse_power(factor[1] * Scaled::unit)};
+        const float undo[2] = {Scaled::undo(factor[0]), Scaled::undo(factor[1])};
         if (args.bias) {
 #pragma unroll
             for (int i = 0; i < 2; ++i) {

@@ -10,11 +10,11 @@
 #include "ptx/cp_async.cuh"
 #include "ptx/shared_memory.cuh"
 
-template <class Tile, class Layout>
+template <class Tile>
 struct Stage {
     static constexpr int piece_halves = Tile::rows >= SLAB_N ? 2 : 1;  // halves copied as one piece
     static constexpr int pieces_per_slab = 2 / piece_halves;
-    static constexpr int piece_bytes = piece_halves * Layout::half_bytes;
+    static constexpr int piece_bytes = piece_halves * Slab::half_bytes;
     static constexpr int row_blocks = Tile::rows / (piece_halves * HALF_N);
     static constexpr int slabs = Tile::k / SLAB_K;
     static constexpr int weight_bytes = row_blocks * slabs * piece_bytes;
@@ -25,7 +25,7 @@ struct Stage {
 
     // Offsets in a stage.
     static __device__ constexpr int half(int half_row, int slab) {
-        return ((half_row / piece_halves) * slabs + slab) * piece_bytes + half_row % piece_halves * Layout::half_bytes;
+        return ((half_row / piece_halves) * slabs + slab) * piece_bytes + half_row % piece_halves * Slab::half_bytes;
     }
     static __device__ constexpr int token_chunk(int token, int chunk) {
         return weight_bytes + token * token_bytes + 16 * (chunk ^ (token % 8));
@@ -34,9 +34,9 @@ struct Stage {
 
 // Walks a stretch of K steps and issues their copies. A thread copies the same chunks of every stage, so that a step
 // inside the matrices costs one addition and one copy per chunk; steps at an edge go through slower loops.
-template <class Tile, class Layout, class Args>
+template <class Tile, class Args>
 class Feed {
-    using S = Stage<Tile, Layout>;
+    using S = Stage<Tile>;
     static constexpr int piece_chunks = S::piece_bytes / 16;
     static constexpr int weight_chunks = S::weight_bytes / 16;
     static constexpr int weight_passes = (weight_chunks + Tile::threads - 1) / Tile::threads;
@@ -68,7 +68,7 @@ public:
             copy_tokens(stage + S::weight_bytes);
             --left;
             if (++step < steps) {
-                weights += S::slabs * Layout::slab_bytes;
+                weights += S::slabs * Slab::slab_bytes;
                 tokens += Tile::k;
             } else {
                 step = 0;
@@ -80,13 +80,13 @@ public:
     }
 
 private:
-    __device__ int slab_row_bytes() const { return args.slabs_k * Layout::slab_bytes; }
+    __device__ int slab_row_bytes() const { return args.slabs_k * Slab::slab_bytes; }
 
     // Offset from `weights` of a stage's chunk.
     __device__ int offset_of(int chunk) const {
         if (S::row_blocks == 1 && S::piece_halves == 2) return 16 * chunk;
         const int piece = chunk / piece_chunks;
-        return piece / S::slabs * slab_row_bytes() + piece % S::slabs * Layout::slab_bytes + 16 * (chunk % piece_chunks);
+        return piece / S::slabs * slab_row_bytes() + piece % S::slabs * Slab::slab_bytes + 16 * (chunk % piece_chunks);
     }
 
     __device__ void seek() {
@@ -94,7 +94,7 @@ private:
         rows_left = args.slabs_n * S::pieces_per_slab - row_block;
         tokens_left = args.M - token;
         weights = args.weight + static_cast<i64>(row_block / S::pieces_per_slab) * slab_row_bytes() +
-                  row_block % S::pieces_per_slab * S::piece_bytes + static_cast<i64>(step) * S::slabs * Layout::slab_bytes;
+                  row_block % S::pieces_per_slab * S::piece_bytes + static_cast<i64>(step) * S::slabs * Slab::slab_bytes;
         if (STACKED) weights += args.stack.number() * args.slabs_n * slab_row_bytes();
         tokens = args.x + static_cast<i64>(token + static_cast<int>(threadIdx.x) / row_chunks) * args.x_stride +
                  step * Tile::k + 8 * (threadIdx.x % row_chunks);

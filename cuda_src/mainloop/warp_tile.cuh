@@ -11,33 +11,25 @@
 #include "ptx/mma.cuh"
 #include "ptx/shared_memory.cuh"
 
-template <bool first, class A, class B>
-struct Either {
-    using Type = A;
-};
-template <class A, class B>
-struct Either<false, A, B> {
-    using Type = B;
-};
-
 // Place says where weights and x lie in what step() is given.
-template <class Tile, class Place, class Layout, class Codec, class T, class S, int granule>
+template <class Tile, class Place, class Codec, class T>
 struct WarpTile {
     static constexpr int row_atoms = Tile::row_atoms;
     static constexpr int token_tiles = Tile::token_tiles;
-    static constexpr int granule_atoms = granule / 16;
+    static constexpr int granule_atoms = Slab::granule / 16;
+    static constexpr bool scale_weights = Tile::scale_weights || !Slab::has_scale;  // or sums, granule by granule
     static_assert(token_tiles == 1 || token_tiles % 2 == 0, "ldmatrix brings two");
 
     using Scaled = typename Codec::Scaled;
     // At granules of 16 the end of a granule costs more than decoding saves.
-    using Products = typename Either<Tile::sums_of_x && granule >= 32, typename Codec::Products, ExactProducts<Codec>>::Type;
+    using Products = typename Either<Tile::sums_of_x && Slab::granule >= 32, typename Codec::Products, ExactProducts<Codec>>::Type;
 
     float sums[row_atoms][token_tiles][4];
     float factor[row_atoms][2];  // of rows g and g + 8, see Scaled
 
     // Before the first step of a tile: `row` is this warp's first output.
     __device__ void load_factors(const float* factors, int row, int rows) {
-        if (!Tile::scale_weights) return;
+        if (!scale_weights) return;
 #pragma unroll
         for (int r = 0; r < row_atoms; ++r)
 #pragma unroll
@@ -49,14 +41,14 @@ struct WarpTile {
 
     // After the last: sums of weights times scales, without factors and units.
     __device__ void undo_factors() {
-        if (!Tile::scale_weights && Products::unit == 1.0f) return;
+        if (!scale_weights && Products::unit == 1.0f) return;
 #pragma unroll
         for (int r = 0; r < row_atoms; ++r)
 #pragma unroll
             for (int t = 0; t < token_tiles; ++t)
 #pragma unroll
                 for (int i = 0; i < 4; ++i)
-                    sums[r][t][i] *= Tile::scale_weights ? inverse_power(factor[r][i / 2] * Scaled::unit) : 1.0f / Products::unit;
+                    sums[r][t][i] *= scale_weights ? Scaled::undo(factor[r][i / 2]) : 1.0f / Products::unit;
     }
 
     __device__ void clear() {
@@ -75,36 +67,33 @@ struct WarpTile {
         u32 b[token_tiles == 1 ? 2 : token_tiles][2];
         typename Codec::Group group[row_atoms];
         Scaled scaled[row_atoms];
-        Vec4 codes[row_atoms];
+        LaneCodes<Tile::k_atoms> codes[row_atoms];
 
 #pragma unroll
         for (int a = 0; a < Tile::k_atoms; ++a) {
             const int atom = k_atom + a;  // k_atom is a multiple of the atoms of a 16-byte load, and of k_atoms
             const bool opens = a == 0 || a % granule_atoms == 0;
             const bool closes = a + 1 == Tile::k_atoms || (a + 1) % granule_atoms == 0;
-            const int in_slab = atom % (SLAB_K / 16);
+            const int in_slab = atom % SLAB_ATOMS;
 
-            if (a % Layout::atoms_per_block == 0) {
 #pragma unroll
-                for (int r = 0; r < row_atoms; ++r)
-                    codes[r] = load_shared_vec4(half_of(weights, row_atom + r, atom) + 16 * lane +
-                                                Layout::block(in_slab / Layout::atoms_per_block, (row_atom + r) % 2));
-            }
+            for (int r = 0; r < row_atoms; ++r)
+                codes[r].load(half_of(weights, row_atom + r, atom), (row_atom + r) % 2, a, in_slab, lane);
             if (opens) {
 #pragma unroll
                 for (int r = 0; r < row_atoms; ++r) {
-                    group[r] = Codec::group([&](int i) { return param(weights, i, row_atom + r, atom, lane); });
-                    if (Tile::scale_weights) {
-                        const u32 pair = param(weights, 0, row_atom + r, atom, lane);
-                        scaled[r] = Scaled(group[r], S::to_float(pair & 0xFFFFu) * factor[r][0],
-                                           S::to_float(pair >> 16) * factor[r][1]);
+                    const auto parameters = parameters_of(weights, row_atom + r, atom, lane);
+                    group[r] = Codec::group(parameters);
+                    if (scale_weights) {
+                        const auto scale = parameters.scale();
+                        scaled[r] = Scaled(group[r], scale.of(0) * factor[r][0], scale.of(1) * factor[r][1]);
                     }
                 }
             }
 
             if (token_tiles > 1 || a % 2 == 0) load_tokens(b, x, token, atom, lane);
             const int lone = token_tiles == 1 ? a % 2 : 0;
-            if (Products::needs_sums_of_x) {
+            if (Products::needs_sums_of_x && !scale_weights) {
                 const u32 ones[4] = {Products::one, Products::one, Products::one, Products::one};
 #pragma unroll
                 for (int t = 0; t < token_tiles; ++t) {
@@ -115,24 +104,24 @@ struct WarpTile {
 #pragma unroll
             for (int r = 0; r < row_atoms; ++r) {
                 u32 decoded[4];
-                const u32* const words = &codes[r].word[(a % Layout::atoms_per_block) * Layout::words];
-                if (Tile::scale_weights)
-                    scaled[r].decode(decoded, words, table);
+                const Atom<Tile::k_atoms> one{codes[r], a};
+                if (scale_weights)
+                    scaled[r].decode(decoded, one, table);
                 else
-                    Products::decode(decoded, words, group[r], table);
+                    Products::decode(decoded, one, group[r], table);
 #pragma unroll
                 for (int t = 0; t < token_tiles; ++t) {
-                    if (opens && !Tile::scale_weights) clear(partial[r][t]);
-                    mma<T>(Tile::scale_weights ? sums[r][t] : partial[r][t], decoded, b[t + lone][0], b[t + lone][1]);
+                    if (opens && !scale_weights) clear(partial[r][t]);
+                    mma<T>(scale_weights ? sums[r][t] : partial[r][t], decoded, b[t + lone][0], b[t + lone][1]);
                 }
             }
 
             if (a == 0) meanwhile();
-            if (closes && !Tile::scale_weights) {
+            if (closes && !scale_weights) {
 #pragma unroll
                 for (int r = 0; r < row_atoms; ++r) {
-                    const u32 pair = param(weights, 0, row_atom + r, atom, lane);
-                    const float scale[2] = {S::to_float(pair & 0xFFFFu), S::to_float(pair >> 16)};  // rows g, g + 8
+                    const auto pair = parameters_of(weights, row_atom + r, atom, lane).scale();
+                    const float scale[2] = {pair.of(0), pair.of(1)};
 #pragma unroll
                     for (int t = 0; t < token_tiles; ++t)
                         Products::add(sums[r][t], partial[r][t], sums_of_x[t], group[r], scale);
@@ -147,13 +136,12 @@ private:
         for (int i = 0; i < 4; ++i) values[i] = 0.0f;
     }
 
-    static __device__ u32 half_of(u32 weights, int row_atom, int atom) {
-        return weights + Place::half(row_atom / 2, atom / (SLAB_K / 16));
+    static __device__ SharedBytes half_of(u32 weights, int row_atom, int atom) {
+        return {weights + Place::half(row_atom / 2, atom / SLAB_ATOMS)};
     }
 
-    static __device__ u32 param(u32 weights, int index, int row_atom, int atom, int lane) {
-        const int k_granule = atom % (SLAB_K / 16) * 16 / granule;
-        return load_shared(half_of(weights, row_atom, atom) + Layout::param(index, k_granule, row_atom % 2) + lane / 4 * 4);
+    static __device__ Parameters<SharedBytes> parameters_of(u32 weights, int row_atom, int atom, int lane) {
+        return {half_of(weights, row_atom, atom), atom % SLAB_ATOMS * 16 / Slab::granule, row_atom % 2, lane};
     }
 
     // B fragments: of an atom for all token tiles, one ldmatrix.x4 for two of them; of a lone tile for two atoms.

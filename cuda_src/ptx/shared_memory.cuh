@@ -12,6 +12,18 @@ __device__ inline u32 load_shared(u32 address) {
     return word;
 }
 
+__device__ inline u32 load_shared_u16(u32 address) {
+    u32 value;
+    asm volatile("{ .reg .b16 h; ld.shared.b16 h, [%1]; cvt.u32.u16 %0, h; }" : "=r"(value) : "r"(address));
+    return value;
+}
+
+__device__ inline uint2 load_shared_vec2(u32 address) {
+    uint2 v;
+    asm volatile("ld.shared.v2.b32 {%0, %1}, [%2];" : "=r"(v.x), "=r"(v.y) : "r"(address));
+    return v;
+}
+
 __device__ inline Vec4 load_shared_vec4(u32 address) {
     Vec4 v;
     asm volatile("ld.shared.v4.b32 {%0, %1, %2, %3}, [%4];"

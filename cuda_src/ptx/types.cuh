@@ -27,6 +27,7 @@ __device__ inline float inverse_power(float power) {
 
 // fp16: 11 significant bits.
 struct Float16 {
+    static constexpr int bits = 16;
     static constexpr bool narrow = true;  // 5 bits of exponent
     static constexpr u32 sixteenth = 0x2C002C00u;  // in both halves
     static __device__ float to_float(u32 low_half) {
@@ -58,6 +59,7 @@ struct Float16 {
 
 // bf16: 8 significant bits.
 struct BFloat16 {
+    static constexpr int bits = 16;
     static constexpr bool narrow = false;
     static constexpr u32 sixteenth = 0x3D803D80u;
     static __device__ float to_float(u32 low_half) {
@@ -76,4 +78,19 @@ struct BFloat16 {
     // Before Hopper bf16 has no add nor product of its own: a * 1 + b and a * b - 0 round alike.
     static __device__ u32 add(u32 a, u32 b) { return fma(a, 0x3F803F80u, b); }
     static __device__ u32 multiply(u32 a, u32 b) { return fma(a, b, 0x80008000u); }
+};
+
+// Types of parameters alone.
+struct Float32 {
+    static constexpr int bits = 32;
+    static __device__ float to_float(u32 word) { return __uint_as_float(word); }
+};
+
+// 2^(bits - 127): e8m0 of the OCP MX formats. The least one is a subnormal float.
+struct PowerOfTwo {
+    static constexpr int bits = 8;
+    static __device__ float to_float(u32 byte) {
+        const u32 shifted = byte << 23;
+        return __uint_as_float(shifted > 0x00400000u ? shifted : 0x00400000u);
+    }
 };

@@ -59,7 +59,8 @@ def ptx(source: str, arch: str) -> str:
     """The intermediate code of ``source``, which decides the machine code; quick, and for comparisons alone."""
     virtual = arch.replace("sm_", "compute_")
     with _compiled(source, arch, ("-std=c++17", f"-arch={virtual}")) as program:
-        return str(_nvrtc().getPTX(program))
+        text: bytes = _nvrtc().getPTX(program)
+        return text.decode()
 
 
 @contextlib.contextmanager

@@ -54,13 +54,9 @@ def specialized(kernel: str, spec: Spec, dtype: str, config: str, shared_bytes: 
         '#include "ptx/types.cuh"',
         config,
         f"using Activation = {_CPP_TYPES[dtype]};",
-        f"using Scale = {_CPP_TYPES[spec.scale_dtype]};",
-        f"constexpr int GRANULE = {layout.granule};",
+        layout.cpp(),
         f"constexpr int SHARED_BYTES = {shared_bytes};",
         f"constexpr bool STACKED = {str(stacked).lower()};",
     ]
-    if layout.format.table is not None:
-        values = ", ".join(f"{value!r}f" for value in layout.format.table)
-        lines.append(f"__constant__ float FORMAT_TABLE[] = {{{values}}};")
     lines += [f'#include "formats/{spec.format}.cuh"', f'#include "kernels/{kernel}.cuh"']
     return inline("\n".join(lines))
