@@ -1,7 +1,8 @@
 """Who is timed: our matmul, the read floor and cuBLAS here, what needs PyTorch in ``contenders_torch``.
 
 A contender holds the weight copies of one layer and makes a :class:`Run` for any M. One that computes something checks
-itself: fresh inputs, output poisoned with NaN, and the distance to float32 on the very weights it multiplies.
+itself: fresh inputs, output poisoned with NaN, and the distance to float64 (in PyTorch float32) on the very weights it
+multiplies.
 """
 
 from __future__ import annotations
@@ -10,7 +11,8 @@ import functools
 import itertools
 import math
 from abc import ABC, abstractmethod
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 import ml_dtypes
@@ -38,6 +40,7 @@ TOLERANCE = {FLOAT16: 2e-3, BFLOAT16: 1e-2}
 _NUMPY_DTYPES = {FLOAT16: numpy.dtype(numpy.float16), BFLOAT16: numpy.dtype(ml_dtypes.bfloat16)}
 _NAN_BITS = 0x7FFF  # NaN in float16 and in bfloat16
 _CHUNK = 1 << 26
+_COLUMNS_AT_ONCE = 4096
 _seeds = itertools.count(1)
 
 
@@ -57,6 +60,7 @@ class Setup:
     stream: Any  # a CuPy stream that is not the default one; everything runs on it
     batch_invariant: bool = False  # ours
     kernel: str | None = None  # ours; the one that is chosen if None
+    options: Mapping[str, Any] = field(default_factory=dict)  # ours: more arguments of quantize
 
 
 class Contender(ABC):
@@ -102,12 +106,14 @@ class Ours(Contender):
         K, N = setup.shape.K, setup.shape.N
         weight = cupy.empty((K, N), dtype=numpy.float16)
         fill_normal(weight, FLOAT16, 1 / math.sqrt(K))
-        first = quantize(weight, setup.format, setup.group_size, scale_dtype=setup.dtype)
+        first = quantize(weight, setup.format, setup.group_size, **{"scale_dtype": setup.dtype, **setup.options})
         self.weight_bytes = first.nbytes
         self.copies = copies(first.nbytes, setup.gpu.l2_bytes)
         more = (QuantizedTensor(first.spec, first.packed.copy()) for _ in range(self.copies - 1))
         self.weights = [first, *more]
-        self.description = f"marlin_cupy.matmul, {setup.format} weights with {setup.dtype} scales, out= given"
+        self.description = f"marlin_cupy.matmul, {setup.format} weights with {first.scale_dtype} scales, out= given"
+        if setup.options:
+            self.description += f", quantized with {', '.join(f'{k}={v!r}' for k, v in setup.options.items())}"
         if setup.batch_invariant:
             self.description += ", batch_invariant=True"
         if setup.kernel is not None:
@@ -161,6 +167,7 @@ class ReadFloor(Contender):
     """Reads the packed weights of ``ours`` and computes nothing."""
 
     name = FLOOR
+    description = "a kernel that reads the packed weight, with loads or bulk copies, and does nothing else"
     tolerance = math.inf
 
     def __init__(self, setup: Setup, ours: Ours) -> None:
@@ -168,7 +175,6 @@ class ReadFloor(Contender):
         self.weight_bytes, self.copies = ours.weight_bytes, ours.copies
         self._setup = setup
         self._readers: dict[bool, read_floor.Reader] = {}
-        self.description = "a kernel that reads the packed weight, with loads or bulk copies, and does nothing else"
 
     def _reader(self, dependent: bool) -> read_floor.Reader:
         if dependent not in self._readers:
@@ -235,18 +241,23 @@ def _error(dtype: str, x: Array, y: Array, dense: Array, graph: Replay) -> float
 
 
 def relative_error(y: Array, expected: Array) -> float:
-    """Frobenius norm of the difference over that of ``expected``; float32 arrays, sums in float64."""
+    """Frobenius norm of the difference over that of ``expected``, sums in float64."""
     xp = namespace(y)
     difference = xp.sum(xp.square(y - expected), dtype=xp.float64)
     return math.sqrt(float(difference) / float(xp.sum(xp.square(expected), dtype=xp.float64)))
 
 
 def product(x: Array, dense: Array) -> Array:
-    """x (M, K) @ dense (K, N) in float32: by cuBLAS where CuPy has it, else a row at a time."""
-    if isinstance(x, numpy.ndarray) or cublas_missing() is None:
-        return x @ dense
+    """x (M, K) @ dense (K, N) in float64, some columns at a time: by cuBLAS where CuPy has it, else row by row."""
     xp = namespace(x)
-    return xp.stack([xp.sum(row[:, None] * dense, axis=0) for row in x])
+    x = x.astype(xp.float64)
+    y = xp.empty((x.shape[0], dense.shape[1]), dtype=xp.float64)
+    by_rows = not isinstance(x, numpy.ndarray) and cublas_missing() is not None
+    for start in range(0, y.shape[1], _COLUMNS_AT_ONCE):
+        columns = slice(start, start + _COLUMNS_AT_ONCE)
+        part = dense[:, columns].astype(xp.float64)
+        y[:, columns] = xp.stack([xp.sum(row[:, None] * part, axis=0) for row in x]) if by_rows else x @ part
+    return y
 
 
 @functools.cache
