@@ -11,9 +11,9 @@ import functools
 import itertools
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeVar
 
 import ml_dtypes
 import numpy
@@ -30,6 +30,7 @@ from marlin_cupy.tensor import QuantizedTensor
 from marlin_cupy.timing import CupyRun, EventTimer, Replay, Run, copies, is_cold
 
 Array = Any  # a CuPy array
+Weight = TypeVar("Weight")  # as a contender holds it
 
 OURS, FLOOR, CUBLAS, TINYGEMM, HUMMING = "marlin_cupy", "read_floor", "cublas", "tinygemm", "humming"
 
@@ -71,6 +72,7 @@ class Contender(ABC):
         description: what is timed, in words.
         weight_bytes: what a launch reads of its weight.
         copies: how many copies of the weight there are.
+        tolerance: relative errors above it are wrong.
     """
 
     name: str
@@ -78,6 +80,16 @@ class Contender(ABC):
     weight_bytes: int
     copies: int
     tolerance: float
+
+    def __init__(self, setup: Setup) -> None:
+        self._setup = setup
+        self.tolerance = TOLERANCE[setup.dtype]
+
+    def _cold(self, first: Weight, weight_bytes: int, copy: Callable[[Weight], Weight]) -> list[Weight]:
+        """``first`` and as many copies of it as push each other out of L2."""
+        self.weight_bytes = weight_bytes
+        self.copies = copies(weight_bytes, self._setup.gpu.l2_bytes)
+        return [first, *(copy(first) for _ in range(self.copies - 1))]
 
     def refuses(self, m: int) -> str | None:
         """Why this contender sits out at M rows; None if it does not."""
@@ -102,15 +114,13 @@ class Ours(Contender):
     name = OURS
 
     def __init__(self, setup: Setup) -> None:
+        super().__init__(setup)
         cupy = import_cupy("the benchmark")
         K, N = setup.shape.K, setup.shape.N
         weight = cupy.empty((K, N), dtype=numpy.float16)
         fill_normal(weight, FLOAT16, 1 / math.sqrt(K))
         first = quantize(weight, setup.format, setup.group_size, **{"scale_dtype": setup.dtype, **setup.options})
-        self.weight_bytes = first.nbytes
-        self.copies = copies(first.nbytes, setup.gpu.l2_bytes)
-        more = (QuantizedTensor(first.spec, first.packed.copy()) for _ in range(self.copies - 1))
-        self.weights = [first, *more]
+        self.weights = self._cold(first, first.nbytes, lambda w: QuantizedTensor(w.spec, w.packed.copy()))
         self.description = f"marlin_cupy.matmul, {setup.format} weights with {first.scale_dtype} scales, out= given"
         if setup.options:
             self.description += f", quantized with {', '.join(f'{k}={v!r}' for k, v in setup.options.items())}"
@@ -118,8 +128,6 @@ class Ours(Contender):
             self.description += ", batch_invariant=True"
         if setup.kernel is not None:
             self.description += f", by {setup.kernel}, whichever kernel would be chosen"
-        self.tolerance = TOLERANCE[setup.dtype]
-        self._setup = setup
 
     def details(self, m: int, dependent: bool) -> tuple[str, str]:
         """The candidate that runs."""
@@ -168,12 +176,11 @@ class ReadFloor(Contender):
 
     name = FLOOR
     description = "a kernel that reads the packed weight, with loads or bulk copies, and does nothing else"
-    tolerance = math.inf
 
     def __init__(self, setup: Setup, ours: Ours) -> None:
+        super().__init__(setup)
         self._buffers = [weight.packed for weight in ours.weights]
         self.weight_bytes, self.copies = ours.weight_bytes, ours.copies
-        self._setup = setup
         self._readers: dict[bool, read_floor.Reader] = {}
 
     def _reader(self, dependent: bool) -> read_floor.Reader:
@@ -197,6 +204,7 @@ class CupyCublas(Contender):
     name = CUBLAS
 
     def __init__(self, setup: Setup) -> None:
+        super().__init__(setup)
         reason = cublas_missing()
         if reason is not None:
             raise UnavailableError(f"CuPy cannot load cuBLAS: {reason}")
@@ -204,12 +212,8 @@ class CupyCublas(Contender):
         K, N = setup.shape.K, setup.shape.N
         first = cupy.empty((N, K), dtype=_NUMPY_DTYPES[setup.dtype])
         fill_normal(first, setup.dtype, 1 / math.sqrt(K))
-        self.weight_bytes = first.nbytes
-        self.copies = copies(first.nbytes, setup.gpu.l2_bytes)
-        self._weights = [first, *(first.copy() for _ in range(self.copies - 1))]
+        self._weights = self._cold(first, first.nbytes, lambda weight: weight.copy())
         self.description = f"cupy.dot(x, W.T), {setup.dtype} weights stored as (N, K)"
-        self.tolerance = TOLERANCE[setup.dtype]
-        self._setup = setup
 
     def run(self, m: int, dependent: bool) -> Run:
         """One GEMM per weight copy."""

@@ -159,27 +159,27 @@ def _us_per_byte(row: Row) -> float | None:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Measure, show, and write JSON if asked to. The exit code is 1 without a GPU and where a result was wrong."""
-    parser = report.parser("formats", __doc__)
-    parser.add_argument("--layers", nargs="+", metavar="NAME=KxN", default=[str(layer) for layer in LAYERS])
-    parser.add_argument("--m", nargs="+", type=int, default=M_VALUES, help="rows of x")
-    parser.add_argument("--formats", nargs="+", metavar="FORMAT", default=FORMATS)
-    parser.add_argument(
-        "--dtypes", nargs="+", default=HALF_DTYPES, choices=HALF_DTYPES, help="of activations and scales"
-    )
-    parser.add_argument("--launches", nargs="+", default=[PLAIN], choices=(PLAIN, DEPENDENT))
+    parser = report.parser("formats", __doc__, m_values=M_VALUES)
+    parser.add_argument("--layers", metavar="NAME=KxN", **report.several(LAYERS, "layers"))
+    parser.add_argument("--formats", metavar="FORMAT", **report.several(FORMATS, "formats"))
+    parser.add_argument("--dtypes", choices=HALF_DTYPES, **report.several(HALF_DTYPES, "of activations and scales"))
+    parser.add_argument("--launches", choices=(PLAIN, DEPENDENT), **report.several([PLAIN], "ways to launch"))
     parser.add_argument("--sample-ms", type=float, default=Sampling.sample_ms, help="length of a sample")
     options = parser.parse_args(arguments)
+    ms = options.m or M_VALUES
+    if min(ms) < 1:
+        parser.error(f"m is {min(ms)}; use 1 or more rows.")
     try:
-        layers, weights = [shapes.parse(text) for text in options.layers], [parse(text) for text in options.formats]
+        layers = [shapes.parse(text) for text in options.layers or map(str, LAYERS)]
+        weights = [parse(text) for text in options.formats or FORMATS]
         sampling = Sampling(sample_ms=options.sample_ms)
     except (TypeError, ValueError) as error:
         parser.error(str(error))
-    if min(options.m) < 1:
-        parser.error(f"m is {min(options.m)}; use 1 or more rows.")
     if gpu_count() == 0:
         print(no_gpu("The benchmark"))
         return 1
-    return run(layers, options.m, weights, options.dtypes, options.launches, sampling, options.output)
+    dtypes, launches = options.dtypes or HALF_DTYPES, options.launches or [PLAIN]
+    return run(layers, ms, weights, dtypes, launches, sampling, options.output)
 
 
 if __name__ == "__main__":

@@ -118,6 +118,17 @@ def write_json(path: Path, content: Mapping[str, Any]) -> None:
     path.write_text(json.dumps(_finite(content), indent=1, allow_nan=False) + "\n", encoding="utf-8")
 
 
+def write_rows(path: Path | None, rows: Iterable[Any], **fields: Any) -> None:
+    """Write ``rows``, dataclasses, below a header with ``fields``; nothing where ``path`` is None."""
+    if path is not None:
+        write_json(path, {"header": header(**fields), "rows": [dataclasses.asdict(row) for row in rows]})
+
+
+def terminal() -> Console:
+    """Where results are shown."""
+    return Console(width=WIDTH, highlight=False)
+
+
 def _finite(value: Any) -> Any:
     if isinstance(value, float):
         return value if math.isfinite(value) else None
@@ -132,13 +143,24 @@ def _finite(value: Any) -> Any:
 def parser(
     module: str, about: str | None, layers: int | None = None, m_values: Sequence[int] = ()
 ) -> argparse.ArgumentParser:
-    """What every benchmark takes, --output; where it is of a model's layers, --layers and --m too."""
-    found = argparse.ArgumentParser(prog=f"python -m marlin_cupy.bench.{module}", description=about)
+    """What every benchmark takes, --output; with ``m_values`` also --m, and where it is of a whole model, --layers."""
+    found = argparse.ArgumentParser(
+        prog=f"python -m marlin_cupy.bench.{module}",
+        description=about,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     found.add_argument("--output", type=Path, help="JSON file")
+    if m_values:
+        found.add_argument("--m", type=int, **several(m_values, "rows of x"))
     if layers is not None:
         found.add_argument("--layers", type=int, default=layers)
-        found.add_argument("--m", type=int, action="append", help=f"rows of x, repeatable; {m_values} if not given")
     return found
+
+
+def several(default: Iterable[Any], about: str) -> dict[str, Any]:
+    """Of an argument that takes several values, ``--m 1 16``, or is repeated. None, for ``default``, if not given."""
+    words = f"{about}; {' '.join(map(str, default))} if not given"
+    return {"nargs": "+", "action": "extend", "help": words}
 
 
 def header(**fields: Any) -> dict[str, Any]:

@@ -128,7 +128,7 @@ def reported(
     try:
         yield
     finally:
-        console = Console(width=report.WIDTH, highlight=False)
+        console = report.terminal()
         if found.rows:
             show(found, console)
             for path in save(found, output) if output is not None else ():
