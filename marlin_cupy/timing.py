@@ -17,13 +17,15 @@ from __future__ import annotations
 import contextlib
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, TypeVar
 
 import numpy
 
 from marlin_cupy.device import import_cupy
+
+Key = TypeVar("Key", bound=Hashable)
 
 #: A graph walks over at least this many bytes of weights, and over four times the L2 cache.
 COLD_BYTES = 200_000_000
@@ -38,6 +40,10 @@ class Sampling:
     sample_ms: float = 12.0
     samples: int = 7
     warmup_rounds: int = 2
+
+    def __post_init__(self) -> None:
+        if not 0 < self.sample_ms < math.inf:
+            raise ValueError(f"sample_ms is {self.sample_ms:g}; use a number of milliseconds above 0.")
 
     def __str__(self) -> str:
         return (
@@ -120,13 +126,13 @@ def prepare(run: Run, time: Timer, sampling: Sampling) -> Replay:
     return run.capture(rounds(run.launches, time(run, 1), sampling.sample_ms))
 
 
-def interleave(graphs: Mapping[str, Replay], time: Timer, sampling: Sampling) -> dict[str, Summary]:
+def interleave(graphs: Mapping[Key, Replay], time: Timer, sampling: Sampling) -> dict[Key, Summary]:
     """Sample all ``graphs`` in turns: microseconds per launch of each."""
     replays = {}
     for name, graph in graphs.items():
         time(graph, 1)
         replays[name] = max(1, round(sampling.sample_ms / max(time(graph, 1), 1e-6)))
-    samples: dict[str, list[float]] = {name: [] for name in graphs}
+    samples: dict[Key, list[float]] = {name: [] for name in graphs}
     order = list(graphs)
     for turn in range(sampling.warmup_rounds + sampling.samples):
         for name in order if turn % 2 == 0 else reversed(order):

@@ -24,6 +24,7 @@ from marlin_cupy.bench import (
     compile_times,
     contenders,
     contenders_torch,
+    formats,
     host_overhead,
     read_floor,
     report,
@@ -192,10 +193,11 @@ def test_the_poison_is_nan_and_survives_the_conversion(dtype: str) -> None:
     assert np.isnan(contenders.as_float32(array, dtype)).all()
 
 
-def test_product_is_a_matrix_product() -> None:
+def test_product_is_a_matrix_product_in_float64(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(contenders, "_COLUMNS_AT_ONCE", 2)
     rng = np.random.default_rng(1)
     x, dense = rng.standard_normal((3, 16), dtype=np.float32), rng.standard_normal((16, 5), dtype=np.float32)
-    np.testing.assert_allclose(contenders.product(x, dense), x @ dense)
+    np.testing.assert_allclose(contenders.product(x, dense), x.astype(np.float64) @ dense, rtol=1e-12)
 
 
 def without_torch(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -249,7 +251,9 @@ class FakeContender(Contender):
 
 
 def measure_cell(*fakes: FakeContender, launch: str = "plain") -> Row:
-    return run._cell(SETUP, 16, launch, fakes, {TINYGEMM: "PyTorch is not installed"}, fake_timer, BRIEF)
+    field = run.Field(SETUP, fakes, {TINYGEMM: "PyTorch is not installed"})
+    (found,) = run.measure([field], 16, launch, fake_timer, BRIEF)
+    return found
 
 
 def test_a_cell_has_times_errors_and_reasons() -> None:
@@ -271,6 +275,33 @@ def test_a_cell_has_times_errors_and_reasons() -> None:
     }
     assert row.wrong == []
     assert not row.cold
+
+
+def test_contenders_of_several_fields_take_turns_and_have_a_row_each() -> None:
+    fakes = [FakeContender(name, 2e-4) for _ in range(2) for name in (OURS, FLOOR)]
+    log: list[str] = []
+    for fake, name in zip(fakes, "abcd", strict=True):
+        fake._run.log = NamedLog(log, name)
+    fields = [
+        run.Field(dataclasses.replace(SETUP, format=name), fakes[i : i + 2]) for i, name in ((0, "int4"), (2, "nf4"))
+    ]
+    rows = run.measure(fields, 16, "plain", fake_timer, Sampling(sample_ms=1.0, samples=2, warmup_rounds=1))
+    assert [row.format for row in rows] == ["int4", "nf4"]
+    assert all(set(row.us) == {OURS, FLOOR} for row in rows)
+    assert "".join(log).endswith("abcd" + "dcba" + "abcd")
+    assert rows[0].weight_bytes == 1 << 20
+
+
+class NamedLog(list[str]):
+    """Of one contender, for replays of its graph: written into the log of all."""
+
+    def __init__(self, log: list[str], name: str) -> None:
+        super().__init__()
+        self._log, self._name = log, name
+
+    def append(self, word: str) -> None:
+        if word == "graph":
+            self._log.append(self._name)
 
 
 @pytest.mark.parametrize(("launch", "dependent"), [("plain", False), ("dependent", True)])
@@ -479,7 +510,7 @@ def test_the_header_says_what_a_result_needs(monkeypatch: pytest.MonkeyPatch) ->
 
 
 def without_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    for module in (run, host_overhead, compile_times):
+    for module in (run, host_overhead, compile_times, formats):
         monkeypatch.setattr(module, "gpu_count", lambda: 0)
 
 
@@ -489,8 +520,9 @@ def without_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
         lambda: run.run(None, None, None, None, "float16", None, True),
         lambda: host_overhead.main([]),
         lambda: compile_times.main(["--m", "1"]),
+        lambda: formats.main(["--m", "1"]),
     ],
-    ids=["bench", "host_overhead", "compile_times"],
+    ids=["bench", "host_overhead", "compile_times", "formats"],
 )
 def test_without_a_gpu_one_sentence_and_exit_code_1(
     call: Callable[[], int], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
@@ -506,7 +538,8 @@ def test_what_was_measured_is_kept_when_the_run_is_interrupted(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     found = Report({}, [])
-    with contextlib.suppress(KeyboardInterrupt), run._reported(found, tmp_path):
+    interrupted = run.reported(found, report.show, report.save_all, tmp_path)
+    with contextlib.suppress(KeyboardInterrupt), interrupted:
         found.rows.append(row())
         raise KeyboardInterrupt
     assert "8b_o" in capsys.readouterr().out
@@ -584,15 +617,16 @@ def host(monkeypatch: pytest.MonkeyPatch) -> None:
         ElementwiseKernel=lambda *args: normal,
         get_default_memory_pool=lambda: SimpleNamespace(free_all_blocks=lambda: None),
     )
-    for module in (contenders, timing, run):
+    for module in (contenders, timing, run, formats):
         monkeypatch.setattr(module, "import_cupy", lambda purpose: cupy)
+    for module in (run, formats):
+        monkeypatch.setattr(module, "gpu_count", lambda: 1)
+        monkeypatch.setattr(module, "gpu", lambda index: dataclasses.replace(GPU, l2_bytes=1 << 10))
     monkeypatch.setattr(contenders, "_normal", lambda: normal)
     monkeypatch.setattr(contenders, "matmul", on_stream(contenders.matmul))
     monkeypatch.setattr(reference.ReferencePlan, "multiply", on_stream(reference.ReferencePlan.multiply))
     monkeypatch.setattr(contenders, "cublas_missing", lambda: None)
     monkeypatch.setattr(contenders.read_floor, "fastest", lambda gpu, buffers, stream, time, dependent: HostReader())
-    monkeypatch.setattr(run, "gpu_count", lambda: 1)
-    monkeypatch.setattr(run, "gpu", lambda index: dataclasses.replace(GPU, l2_bytes=1 << 10))
     monkeypatch.setattr(report, "gpu", lambda index: GPU)
     monkeypatch.setattr(run, "QUICK_SAMPLING", Sampling(sample_ms=0.1, samples=3, warmup_rounds=1))
     without_torch(monkeypatch)
@@ -688,3 +722,113 @@ def test_a_result_that_is_not_written_is_wrong(
     monkeypatch.setattr(contenders, "matmul", lambda x, w, bias, out, **options: None)
     assert run.run([("small", 128, 64)], [1], None, None, "float16", None, True) == 1
     assert "WRONG: marlin_cupy on small, M = 1, int4: relative error nan." in capsys.readouterr().out
+
+
+# ---- formats beside one another
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("int4:32", ("int4", 32, {})),
+        ("nf4", ("nf4", 64, {})),
+        ("int8:-1", ("int8", -1, {})),
+        ("int4::search=mse", ("int4", 128, {"search": "mse"})),
+        ("uint4:64:search=absmax:scale_dtype=null", ("uint4", 64, {"search": "absmax", "scale_dtype": None})),
+    ],
+)
+def test_a_format_is_a_name_a_group_size_and_options(text: str, expected: tuple[str, int, dict[str, Any]]) -> None:
+    assert formats.parse(text) == expected
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--formats", "int5"], "known formats are int4"),
+        (["--formats", ""], "known formats are int4"),
+        (["--formats", "int4:wide"], "use NAME[:GROUP_SIZE[:OPTION=VALUE ...]]"),
+        (["--formats", "int4:128:mse"], "use NAME[:GROUP_SIZE[:OPTION=VALUE ...]]"),
+        (["--formats", "int4", "int4:7"], "group_size is 7"),
+        (["--formats", "int4::colour=red"], "colour"),
+        (["--formats", "int4::search=best"], "best"),
+        (["--layers", "4096x4096"], "use NAME=KxN"),
+        (["--m", "1", "0"], "m is 0"),
+        (["--dtypes", "float32"], "float32"),
+        (["--sample-ms", "0"], "above 0"),
+    ],
+)
+def test_what_cannot_be_timed_is_refused_before_anything_is(
+    arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as caught:
+        formats.main(arguments)
+    assert caught.value.code == 2
+    assert message in capsys.readouterr().err.splitlines()[-1]
+
+
+def test_formats_are_timed_beside_one_another(
+    host: None, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(timing, "COLD_BYTES", 3000)
+    items = ["nf4:64:search=mse", "int4:32", "int4"]
+    arguments = ["--layers", "small=128x64", "odd=80x33", "--m", "5", "1", "--formats", *items, "--sample-ms", "0.1"]
+    output = tmp_path / "new" / "formats.json"
+    assert formats.main([*arguments, "--output", str(output)]) == 0
+    found = Report.load(output)
+    assert {"gpu", "driver", "versions", "commit", "command", "protocol"} <= set(found.header)
+    assert [(row.name, row.dtype, row.M, row.weight) for row in found.rows] == [
+        (name, dtype, m, weight)
+        for name in ("small", "odd")
+        for dtype in ("float16", "bfloat16")
+        for m in (5, 1)
+        for weight in ("nf4:64:search=mse", "int4:32", "int4:128")
+    ]
+    for row in found.rows:
+        assert set(row.us) == {OURS, FLOOR}
+        assert row.error is not None
+        assert 0 < row.error < contenders.TOLERANCE[row.dtype] / 2
+        assert (row.kernel, row.launch, row.wrong) == ("reference", "plain", [])
+        assert row.weight_bytes
+    assert found.rows[0].options == {"search": "mse"}
+    text = capsys.readouterr().out
+    assert "small 128x64, bfloat16, plain launches, microseconds" in text
+    assert f"wrote {output}" in text
+
+
+def test_a_wrong_format_is_named(
+    host: None, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(contenders, "matmul", lambda x, w, bias, out, **options: None)
+    arguments = ["--layers", "small=128x64", "--m", "1", "--formats", "int4", "--dtypes", "float16"]
+    assert formats.main([*arguments, "--sample-ms", "0.1"]) == 1
+    assert "WRONG: int4:128 on small, float16, M = 1: relative error nan." in capsys.readouterr().out
+
+
+def test_the_table_of_formats_fits_and_compares_with_int4_byte_by_byte() -> None:
+    rows = [
+        row("70b_gate_up", 4096, us={OURS: 100.0, FLOOR: 80.0}, spread={}, weight_bytes=200_000_000),
+        row(
+            "70b_gate_up",
+            4096,
+            us={OURS: 13200.4, FLOOR: 12000.0},
+            spread={},
+            format="fp8_e4m3",
+            group_size=-1,
+            options={"scale": "column", "and": "more of these"},
+            weight_bytes=400_000_000,
+            kernel="sm90_stream",
+        ),
+        row("70b_gate_up", 16, us={FLOOR: 80.0}, spread={}, wrong=[OURS], weight_bytes=200_000_000, errors={OURS: 1.0}),
+        row("70b_gate_up", 16, us={OURS: 90.0, FLOOR: 80.0}, spread={}, format="nf4", weight_bytes=200_000_000),
+    ]
+    output = io.StringIO()
+    formats.show(Report({}, rows), Console(file=output, width=report.WIDTH))
+    lines = [line.split() for line in output.getvalue().splitlines()]
+    assert ["4096", "int4:128", "200.0", "100.0", "80.00", "1.25", "1.00", "1.00", "2.1e-04", "sm80_gemm"] in lines
+    numbers = ["400.0", "13200", "12000", "1.10", "132.00", "66.00", "2.1e-04", "sm90_stream"]
+    (other,) = [line for line in lines if line[-8:] == numbers]
+    assert other[0].startswith("fp8_e4m3:-1:")  # and no emoji in it; the rest folds
+    assert ["16", "int4:128", "200.0", "wrong", "80.00", "-", "-", "-", "2.1e-04", "sm80_gemm"] in lines
+    assert ["nf4:128", "200.0", "90.00", "80.00", "1.12", "-", "-", "2.1e-04", "sm80_gemm"] in lines
+    assert max(len(line.rstrip()) for line in output.getvalue().splitlines()) <= report.WIDTH
+    assert "…" not in output.getvalue()

@@ -29,7 +29,7 @@ with warnings.catch_warnings():
     warnings.simplefilter("ignore")  # of its own import
     import torch
 
-    from marlin_cupy.bench import report, torch_stack
+    from marlin_cupy.bench import report, stack, torch_stack
     from marlin_cupy.compilers import torch as compiler
     from marlin_cupy.integrations import torch as integration
     from marlin_cupy.integrations.torch import Linear, load_quantized_, quantize_model_, save_quantized
@@ -636,7 +636,7 @@ def test_the_example_runs() -> None:
 
 def test_the_benchmark_runs_the_same_stack_twice(capsys: pytest.CaptureFixture[str]) -> None:
     torch.compiler.reset()
-    both = torch_stack.stacks(torch_stack.Widths(128, 192, 256), 2, "cpu", "int8", None)
+    both = torch_stack.stacks(stack.Widths(128, 192, 256), 2, "cpu", "int8", None)
     x = activations(3, columns=128)
     with torch.no_grad():
         ours, dense = (torch_stack.forward(both[name], x) for name in (torch_stack.OURS, torch_stack.DENSE))

@@ -137,13 +137,12 @@ def show(times: Sequence[CompileTime], console: Console) -> None:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Measure, show, and write JSON if asked to. The exit code is 1 without a GPU."""
-    parser = report.parser("compile_times", __doc__)
-    parser.add_argument("--format", action="append", choices=registry.names(), help="repeatable; all if not given")
+    parser = report.parser("compile_times", __doc__, m_values=M_VALUES)
+    parser.add_argument("--format", choices=registry.names(), **report.several(registry.names(), "weight formats"))
     parser.add_argument("--dtype", default="float16", choices=("float16", "bfloat16"))
-    parser.add_argument("--m", action="append", type=int, help="rows of x, repeatable; 1, 16, 32 and 64 if not given")
     parser.add_argument("--probe", nargs=3, metavar=("FORMAT", "DTYPE", "M"), help="one first call, printed as JSON")
     options = parser.parse_args(arguments)
-    console = Console(width=report.WIDTH, highlight=False)
+    console = report.terminal()
     if gpu_count() == 0:
         print(no_gpu("The benchmark"))
         return 1
@@ -154,9 +153,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     cells = [(name, m) for name in options.format or registry.names() for m in options.m or M_VALUES]
     times = [measure(name, options.dtype, m) for name, m in track(cells, "compiling", console=console, transient=True)]
     show(times, console)
-    if options.output is not None:
-        rows = [asdict(row) for row in times]
-        report.write_json(options.output, {"header": report.header(shape={"K": K, "N": N}), "rows": rows})
+    report.write_rows(options.output, times, shape={"K": K, "N": N})
     return 0
 
 

@@ -1,7 +1,8 @@
 """Who is timed: our matmul, the read floor and cuBLAS here, what needs PyTorch in ``contenders_torch``.
 
 A contender holds the weight copies of one layer and makes a :class:`Run` for any M. One that computes something checks
-itself: fresh inputs, output poisoned with NaN, and the distance to float32 on the very weights it multiplies.
+itself: fresh inputs, output poisoned with NaN, and the distance to float64 (in PyTorch float32) on the very weights it
+multiplies.
 """
 
 from __future__ import annotations
@@ -10,8 +11,9 @@ import functools
 import itertools
 import math
 from abc import ABC, abstractmethod
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, TypeVar
 
 import ml_dtypes
 import numpy
@@ -28,6 +30,7 @@ from marlin_cupy.tensor import QuantizedTensor
 from marlin_cupy.timing import CupyRun, EventTimer, Replay, Run, copies, is_cold
 
 Array = Any  # a CuPy array
+Weight = TypeVar("Weight")  # as a contender holds it
 
 OURS, FLOOR, CUBLAS, TINYGEMM, HUMMING = "marlin_cupy", "read_floor", "cublas", "tinygemm", "humming"
 
@@ -38,6 +41,7 @@ TOLERANCE = {FLOAT16: 2e-3, BFLOAT16: 1e-2}
 _NUMPY_DTYPES = {FLOAT16: numpy.dtype(numpy.float16), BFLOAT16: numpy.dtype(ml_dtypes.bfloat16)}
 _NAN_BITS = 0x7FFF  # NaN in float16 and in bfloat16
 _CHUNK = 1 << 26
+_COLUMNS_AT_ONCE = 4096
 _seeds = itertools.count(1)
 
 
@@ -57,6 +61,7 @@ class Setup:
     stream: Any  # a CuPy stream that is not the default one; everything runs on it
     batch_invariant: bool = False  # ours
     kernel: str | None = None  # ours; the one that is chosen if None
+    options: Mapping[str, Any] = field(default_factory=dict)  # ours: more arguments of quantize
 
 
 class Contender(ABC):
@@ -67,6 +72,7 @@ class Contender(ABC):
         description: what is timed, in words.
         weight_bytes: what a launch reads of its weight.
         copies: how many copies of the weight there are.
+        tolerance: relative errors above it are wrong.
     """
 
     name: str
@@ -74,6 +80,16 @@ class Contender(ABC):
     weight_bytes: int
     copies: int
     tolerance: float
+
+    def __init__(self, setup: Setup) -> None:
+        self._setup = setup
+        self.tolerance = TOLERANCE[setup.dtype]
+
+    def _cold(self, first: Weight, weight_bytes: int, copy: Callable[[Weight], Weight]) -> list[Weight]:
+        """``first`` and as many copies of it as push each other out of L2."""
+        self.weight_bytes = weight_bytes
+        self.copies = copies(weight_bytes, self._setup.gpu.l2_bytes)
+        return [first, *(copy(first) for _ in range(self.copies - 1))]
 
     def refuses(self, m: int) -> str | None:
         """Why this contender sits out at M rows; None if it does not."""
@@ -98,22 +114,20 @@ class Ours(Contender):
     name = OURS
 
     def __init__(self, setup: Setup) -> None:
+        super().__init__(setup)
         cupy = import_cupy("the benchmark")
         K, N = setup.shape.K, setup.shape.N
         weight = cupy.empty((K, N), dtype=numpy.float16)
         fill_normal(weight, FLOAT16, 1 / math.sqrt(K))
-        first = quantize(weight, setup.format, setup.group_size, scale_dtype=setup.dtype)
-        self.weight_bytes = first.nbytes
-        self.copies = copies(first.nbytes, setup.gpu.l2_bytes)
-        more = (QuantizedTensor(first.spec, first.packed.copy()) for _ in range(self.copies - 1))
-        self.weights = [first, *more]
-        self.description = f"marlin_cupy.matmul, {setup.format} weights with {setup.dtype} scales, out= given"
+        first = quantize(weight, setup.format, setup.group_size, **{"scale_dtype": setup.dtype, **setup.options})
+        self.weights = self._cold(first, first.nbytes, lambda w: QuantizedTensor(w.spec, w.packed.copy()))
+        self.description = f"marlin_cupy.matmul, {setup.format} weights with {first.scale_dtype} scales, out= given"
+        if setup.options:
+            self.description += f", quantized with {', '.join(f'{k}={v!r}' for k, v in setup.options.items())}"
         if setup.batch_invariant:
             self.description += ", batch_invariant=True"
         if setup.kernel is not None:
             self.description += f", by {setup.kernel}, whichever kernel would be chosen"
-        self.tolerance = TOLERANCE[setup.dtype]
-        self._setup = setup
 
     def details(self, m: int, dependent: bool) -> tuple[str, str]:
         """The candidate that runs."""
@@ -161,14 +175,13 @@ class ReadFloor(Contender):
     """Reads the packed weights of ``ours`` and computes nothing."""
 
     name = FLOOR
-    tolerance = math.inf
+    description = "a kernel that reads the packed weight, with loads or bulk copies, and does nothing else"
 
     def __init__(self, setup: Setup, ours: Ours) -> None:
+        super().__init__(setup)
         self._buffers = [weight.packed for weight in ours.weights]
         self.weight_bytes, self.copies = ours.weight_bytes, ours.copies
-        self._setup = setup
         self._readers: dict[bool, read_floor.Reader] = {}
-        self.description = "a kernel that reads the packed weight, with loads or bulk copies, and does nothing else"
 
     def _reader(self, dependent: bool) -> read_floor.Reader:
         if dependent not in self._readers:
@@ -191,6 +204,7 @@ class CupyCublas(Contender):
     name = CUBLAS
 
     def __init__(self, setup: Setup) -> None:
+        super().__init__(setup)
         reason = cublas_missing()
         if reason is not None:
             raise UnavailableError(f"CuPy cannot load cuBLAS: {reason}")
@@ -198,12 +212,8 @@ class CupyCublas(Contender):
         K, N = setup.shape.K, setup.shape.N
         first = cupy.empty((N, K), dtype=_NUMPY_DTYPES[setup.dtype])
         fill_normal(first, setup.dtype, 1 / math.sqrt(K))
-        self.weight_bytes = first.nbytes
-        self.copies = copies(first.nbytes, setup.gpu.l2_bytes)
-        self._weights = [first, *(first.copy() for _ in range(self.copies - 1))]
+        self._weights = self._cold(first, first.nbytes, lambda weight: weight.copy())
         self.description = f"cupy.dot(x, W.T), {setup.dtype} weights stored as (N, K)"
-        self.tolerance = TOLERANCE[setup.dtype]
-        self._setup = setup
 
     def run(self, m: int, dependent: bool) -> Run:
         """One GEMM per weight copy."""
@@ -235,18 +245,23 @@ def _error(dtype: str, x: Array, y: Array, dense: Array, graph: Replay) -> float
 
 
 def relative_error(y: Array, expected: Array) -> float:
-    """Frobenius norm of the difference over that of ``expected``; float32 arrays, sums in float64."""
+    """Frobenius norm of the difference over that of ``expected``, sums in float64."""
     xp = namespace(y)
     difference = xp.sum(xp.square(y - expected), dtype=xp.float64)
     return math.sqrt(float(difference) / float(xp.sum(xp.square(expected), dtype=xp.float64)))
 
 
 def product(x: Array, dense: Array) -> Array:
-    """x (M, K) @ dense (K, N) in float32: by cuBLAS where CuPy has it, else a row at a time."""
-    if isinstance(x, numpy.ndarray) or cublas_missing() is None:
-        return x @ dense
+    """x (M, K) @ dense (K, N) in float64, some columns at a time: by cuBLAS where CuPy has it, else row by row."""
     xp = namespace(x)
-    return xp.stack([xp.sum(row[:, None] * dense, axis=0) for row in x])
+    x = x.astype(xp.float64)
+    y = xp.empty((x.shape[0], dense.shape[1]), dtype=xp.float64)
+    by_rows = not isinstance(x, numpy.ndarray) and cublas_missing() is not None
+    for start in range(0, y.shape[1], _COLUMNS_AT_ONCE):
+        columns = slice(start, start + _COLUMNS_AT_ONCE)
+        part = dense[:, columns].astype(xp.float64)
+        y[:, columns] = xp.stack([xp.sum(row[:, None] * part, axis=0) for row in x]) if by_rows else x @ part
+    return y
 
 
 @functools.cache

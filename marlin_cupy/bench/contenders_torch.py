@@ -26,7 +26,7 @@ from marlin_cupy.bench.contenders import (
     UnavailableError,
 )
 from marlin_cupy.formats.scalars import BFLOAT16
-from marlin_cupy.timing import Replay, Run, copies
+from marlin_cupy.timing import Replay, Run
 
 Tensor = Any  # a torch.Tensor
 
@@ -128,17 +128,14 @@ class TorchCublas(Contender):
     name = CUBLAS
 
     def __init__(self, setup: Setup) -> None:
+        super().__init__(setup)
         torch = self._torch = Torch(setup)
         K, N = setup.shape.K, setup.shape.N
         with torch.on_stream():
             first = torch.random(N, K, setup.dtype, 1 / math.sqrt(K))
-            self.weight_bytes = first.nbytes
-            self.copies = copies(first.nbytes, setup.gpu.l2_bytes)
-            self._weights = [first, *(first.clone() for _ in range(self.copies - 1))]
+            self._weights = self._cold(first, first.nbytes, lambda weight: weight.clone())
         version = torch.module.__version__
         self.description = f"torch.mm(x, W.t()) of PyTorch {version}, {setup.dtype} weights stored as (N, K)"
-        self.tolerance = TOLERANCE[setup.dtype]
-        self._setup = setup
 
     def run(self, m: int, dependent: bool) -> Run:
         """One GEMM per weight copy."""
@@ -157,6 +154,7 @@ class Tinygemm(Contender):
     _MAX_M = 128
 
     def __init__(self, setup: Setup) -> None:
+        super().__init__(setup)
         torch = self._torch = Torch(setup)
         K, N = setup.shape.K, setup.shape.N
         group = setup.group_size
@@ -174,16 +172,14 @@ class Tinygemm(Contender):
             packed = torch.module.ops.aten._convert_weight_to_int4pack(pairs, tiles)
             params = torch.module.stack([scales, zeros], dim=2).transpose(0, 1).contiguous()
             self._dense = self._dequantize(codes, scales, zeros)
-            self.weight_bytes = packed.nbytes + params.nbytes
-            self.copies = copies(self.weight_bytes, setup.gpu.l2_bytes)
-            more = ((packed.clone(), params.clone()) for _ in range(self.copies - 1))
-            self._weights = [(packed, params), *more]
+            self._weights = self._cold(
+                (packed, params), packed.nbytes + params.nbytes, lambda pair: (pair[0].clone(), pair[1].clone())
+            )
         version = torch.module.__version__
         self.description = (
             f"torch.ops.aten._weight_int4pack_mm of PyTorch {version}, bfloat16, at most {self._MAX_M} rows"
         )
         self.tolerance = TOLERANCE[BFLOAT16]
-        self._setup = setup
 
     def _quantize(self, weight: Tensor, group: int) -> tuple[Tensor, Tensor, Tensor]:
         """uint8 codes (N, K), bfloat16 scales and zeros (N, groups), from the extremes of each group."""
@@ -231,6 +227,7 @@ class Humming(Contender):
     _DTYPES = ("int4", "int8")
 
     def __init__(self, setup: Setup, ms: Sequence[int]) -> None:
+        super().__init__(setup)
         if setup.format not in self._DTYPES:
             raise UnavailableError(f"it is timed for {' and '.join(self._DTYPES)} weights, not {setup.format}")
         torch = self._torch = Torch(setup)
@@ -257,9 +254,11 @@ class Humming(Contender):
             self._config = layer.humming_config
             names = ("weight", "weight_scale", "weight_scale_2")
             first = {name: getattr(layer, name).detach() for name in names if getattr(layer, name, None) is not None}
-            self.weight_bytes = sum(tensor.nbytes for tensor in first.values())
-            self.copies = copies(self.weight_bytes, setup.gpu.l2_bytes)
-            self._weights = [{name: tensor.clone() for name, tensor in first.items()} for _ in range(self.copies)]
+            self._weights = self._cold(
+                {name: tensor.clone() for name, tensor in first.items()},
+                sum(tensor.nbytes for tensor in first.values()),
+                lambda tensors: {name: tensor.clone() for name, tensor in tensors.items()},
+            )
             self._locks = [layer.locks.clone() for _ in range(self.copies)]
         # Its kernel choice as intervals of M without gaps, so that the first launch compiles them all, in parallel.
         bounds = sorted(set(ms))
@@ -268,8 +267,6 @@ class Humming(Contender):
         self._tuning = json.dumps(intervals, default=lambda value: value.value)  # enums by value
         self._choices = dict(zip(bounds, choices, strict=True))
         self.description = f"humming {package.__version__} as shipped, with dependent launch where it chooses so"
-        self.tolerance = TOLERANCE[setup.dtype]
-        self._setup = setup
 
     def details(self, m: int, dependent: bool) -> tuple[str, str]:
         """Its tuning configuration."""

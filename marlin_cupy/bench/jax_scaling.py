@@ -19,7 +19,7 @@ import importlib
 import os
 import sys
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
 import numpy
@@ -28,18 +28,9 @@ from rich.console import Console
 from rich.table import Table
 
 from marlin_cupy.bench import report
-from marlin_cupy.bench.jax_stack import (
-    DENSE,
-    HIDDEN,
-    INNER,
-    LAYERS,
-    OURS,
-    Program,
-    Weights,
-    sampled,
-    unavailable,
-    weights,
-)
+from marlin_cupy.bench.contenders import relative_error
+from marlin_cupy.bench.jax_stack import DENSE, OURS, Program, Weights, sampled, unavailable, weights
+from marlin_cupy.bench.stack import LAYERS, Widths
 from marlin_cupy.integrations.jax import shard
 
 jax: Any = importlib.import_module("jax")
@@ -47,6 +38,7 @@ jnp: Any = importlib.import_module("jax.numpy")
 sharding: Any = importlib.import_module("jax.sharding")
 
 M_VALUES = (16, 256)
+HIDDEN, INNER = Widths.hidden, Widths.inner
 _AXIS = "devices"
 #: Of each matrix: (K, N), and where it is cut.
 _COLUMNS, _ROWS = (None, _AXIS), (_AXIS, None)
@@ -119,7 +111,7 @@ def measure(
             for name, times in sampled(programs).items():
                 result = numpy.asarray(programs[name].result).astype(numpy.float64)
                 first = expected.setdefault(name, result)
-                error = float(numpy.linalg.norm(result - first) / numpy.linalg.norm(first))
+                error = relative_error(result, first)
                 if not error < _TOLERANCE:
                     what = f"{name}, {parallel} parallel, {count} GPUs, M={M}"
                     raise RuntimeError(f"{what}: the result is {error:.3g} from that of one GPU.")
@@ -165,11 +157,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     rows: list[Row] = []
     for M in options.m or M_VALUES:
         rows += measure(M, both, counts, chosen)
-    show(rows, Console(width=report.WIDTH, highlight=False))
-    if options.output is not None:
-        header = report.header(layers=options.layers, shapes=shapes, format="int4", group_size=128)
-        header |= {"compiler_options": chosen, "xla_flags": os.environ.get("XLA_FLAGS", "")}
-        report.write_json(options.output, {"header": header, "rows": [asdict(each) for each in rows]})
+    show(rows, report.terminal())
+    fields = {"layers": options.layers, "shapes": shapes, "format": "int4", "group_size": 128}
+    fields |= {"compiler_options": chosen, "xla_flags": os.environ.get("XLA_FLAGS", "")}
+    report.write_rows(options.output, rows, **fields)
     return 0
 
 

@@ -1,8 +1,6 @@
 """The linear layers of a whole model in one JAX program: ours against bfloat16 jnp.dot, unrolled and in lax.scan.
 
-32 decoder layers of Llama 3 8B without attention and norms: q, k and v in one matrix, of which q goes on; o; gate and
-up in one matrix; silu(gate) * up; down; and the two residual sums. Weights are random. All programs compute the same,
-in one process, in turns::
+32 decoder layers, see ``stack``. Weights are random. All programs compute the same, in one process, in turns::
 
     python -m marlin_cupy.bench.jax_stack --output jax_stack.json
 
@@ -21,7 +19,7 @@ import statistics
 import sys
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
 import ml_dtypes
@@ -32,6 +30,8 @@ from rich.table import Table
 
 from marlin_cupy.api import matmul
 from marlin_cupy.bench import report
+from marlin_cupy.bench.contenders import relative_error
+from marlin_cupy.bench.stack import GAIN, LAYERS, M_VALUES, TOLERANCE, Widths
 from marlin_cupy.compilers.jax import launching
 from marlin_cupy.device import gpu_count, no_gpu
 from marlin_cupy.integrations.jax import stack
@@ -41,16 +41,9 @@ from marlin_cupy.quantizing import quantize
 jax: Any = importlib.import_module("jax")
 jnp: Any = importlib.import_module("jax.numpy")
 
-LAYERS = 32
-M_VALUES = (1, 16, 64)
-HIDDEN, QKV, INNER = 4096, 6144, 14336
-SHAPES = {"qkv": (HIDDEN, QKV), "o": (HIDDEN, HIDDEN), "gate_up": (HIDDEN, 2 * INNER), "down": (INNER, HIDDEN)}
-#: Keeps the residual stream in range through all layers.
-_GAIN = 0.3
+HIDDEN, INNER, SHAPES = Widths.hidden, Widths.inner, Widths().shapes
 _SAMPLES, _SAMPLE_S = 7, 0.04
 _FIRST_STEPS = 4
-#: Of the result of int4 against bfloat16 weights; more than that is a mistake.
-_TOLERANCE = 0.2
 OURS, DENSE = "marlin_cupy", "bfloat16"
 Weights = dict[str, Any]
 
@@ -117,7 +110,7 @@ def unavailable() -> str | None:
 def weights(layers: int, shapes: Mapping[str, tuple[int, int]]) -> dict[str, list[Weights]]:
     """The same weights twice, on the first GPU: packed, and as bfloat16 arrays."""
     found: dict[str, list[Weights]] = {OURS: [], DENSE: []}
-    draw = jax.jit(lambda key, shape: _GAIN * shape[0] ** -0.5 * jax.random.normal(key, shape), static_argnums=1)
+    draw = jax.jit(lambda key, shape: GAIN * shape[0] ** -0.5 * jax.random.normal(key, shape), static_argnums=1)
     with bar("quantizing", layers, True) as begin:
         for index in range(layers):
             begin(f"layer {index}")
@@ -201,14 +194,13 @@ def measure(M: int, both: dict[str, list[Weights]], stacks: dict[str, Weights]) 
     expected = numpy.asarray(programs["unrolled", DENSE].result).astype(numpy.float64)
     rows = []
     for (program, name), each in programs.items():
-        error = numpy.linalg.norm(numpy.asarray(each.result).astype(numpy.float64) - expected)
-        error /= numpy.linalg.norm(expected)
-        if not error < _TOLERANCE:
+        error = relative_error(numpy.asarray(each.result).astype(numpy.float64), expected)
+        if not error < TOLERANCE:
             raise RuntimeError(f"{program}, {name}, M={M}: the result is {error:.3g} from that of bfloat16 weights.")
         us, *spread = times[program, name]
         calls = each.calls if name == OURS else None
         first_us = statistics.median(each.firsts)
-        rows.append(Row(M, program, name, us, spread, first_us, each.compile_s, calls, float(error)))
+        rows.append(Row(M, program, name, us, spread, first_us, each.compile_s, calls, error))
     return rows
 
 
@@ -256,13 +248,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     for M in options.m or M_VALUES:
         rows += measure(M, both, stacks)
     single = one_call_us(1, both[OURS][0]["o"])
-    show(rows, Console(width=report.WIDTH, highlight=False))
+    show(rows, report.terminal())
     print(f"a program with one product, 1 x {HIDDEN} x {HIDDEN}, from call to result: {single:.1f} us")
-    if options.output is not None:
-        header = report.header(layers=options.layers, shapes=SHAPES, format="int4", group_size=128)
-        report.write_json(
-            options.output, {"header": header, "one_call_us": single, "rows": [asdict(each) for each in rows]}
-        )
+    fields = {"layers": options.layers, "shapes": SHAPES, "format": "int4", "group_size": 128, "one_call_us": single}
+    report.write_rows(options.output, rows, **fields)
     return 0
 
 

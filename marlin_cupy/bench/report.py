@@ -50,13 +50,15 @@ class Row:
         launch: "plain", or "dependent" for programmatic dependent launch.
         us: median per contender.
         spread: [p10, p90] per contender.
-        error: relative Frobenius error of ours against float32 on the dequantized weights.
+        error: relative Frobenius error of ours against float64 on the dequantized weights.
         errors: that of every contender that computes.
         kernel, config: which of our kernels ran, and how.
         details: configurations of other contenders where they are known.
         cold: whether the weight copies of ours push each other out of L2.
         wrong: contenders whose check failed; they have no time.
         skipped: contenders that sat out, with the reason.
+        options: of the format, where it has some.
+        weight_bytes: what ours and the floor read; None in files from before it was kept.
     """
 
     K: int
@@ -77,6 +79,15 @@ class Row:
     cold: bool = True
     wrong: list[str] = field(default_factory=list)
     skipped: dict[str, str] = field(default_factory=dict)
+    options: dict[str, Any] = field(default_factory=dict)
+    weight_bytes: int | None = None
+
+    @property
+    def weight(self) -> str:
+        """``int4:128``, ``nf4:64:search=mse``."""
+        return ":".join(
+            [self.format, str(self.group_size), *(f"{name}={value}" for name, value in self.options.items())]
+        )
 
 
 @dataclass(frozen=True)
@@ -86,9 +97,10 @@ class Report:
     header: dict[str, Any]
     rows: list[Row]
 
-    def save(self, path: Path) -> None:
-        """Write JSON."""
+    def save(self, path: Path) -> list[Path]:
+        """Write JSON; returns the file."""
         write_json(path, {"header": self.header, "rows": [dataclasses.asdict(row) for row in self.rows]})
+        return [path]
 
     @staticmethod
     def load(path: Path) -> Report:
@@ -106,6 +118,17 @@ def write_json(path: Path, content: Mapping[str, Any]) -> None:
     path.write_text(json.dumps(_finite(content), indent=1, allow_nan=False) + "\n", encoding="utf-8")
 
 
+def write_rows(path: Path | None, rows: Iterable[Any], **fields: Any) -> None:
+    """Write ``rows``, dataclasses, below a header with ``fields``; nothing where ``path`` is None."""
+    if path is not None:
+        write_json(path, {"header": header(**fields), "rows": [dataclasses.asdict(row) for row in rows]})
+
+
+def terminal() -> Console:
+    """Where results are shown."""
+    return Console(width=WIDTH, highlight=False)
+
+
 def _finite(value: Any) -> Any:
     if isinstance(value, float):
         return value if math.isfinite(value) else None
@@ -120,13 +143,24 @@ def _finite(value: Any) -> Any:
 def parser(
     module: str, about: str | None, layers: int | None = None, m_values: Sequence[int] = ()
 ) -> argparse.ArgumentParser:
-    """What every benchmark takes, --output; where it is of a model's layers, --layers and --m too."""
-    found = argparse.ArgumentParser(prog=f"python -m marlin_cupy.bench.{module}", description=about)
+    """What every benchmark takes, --output; with ``m_values`` also --m, and where it is of a whole model, --layers."""
+    found = argparse.ArgumentParser(
+        prog=f"python -m marlin_cupy.bench.{module}",
+        description=about,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     found.add_argument("--output", type=Path, help="JSON file")
+    if m_values:
+        found.add_argument("--m", type=int, **several(m_values, "rows of x"))
     if layers is not None:
         found.add_argument("--layers", type=int, default=layers)
-        found.add_argument("--m", type=int, action="append", help=f"rows of x, repeatable; {m_values} if not given")
     return found
+
+
+def several(default: Iterable[Any], about: str) -> dict[str, Any]:
+    """Of an argument that takes several values, ``--m 1 16``, or is repeated. None, for ``default``, if not given."""
+    words = f"{about}; {' '.join(map(str, default))} if not given"
+    return {"nargs": "+", "action": "extend", "help": words}
 
 
 def header(**fields: Any) -> dict[str, Any]:
@@ -186,7 +220,7 @@ def _output(arguments: Sequence[str]) -> str | None:
 
 def show(report: Report, console: Console) -> None:
     """One table per format and way to launch, at most WIDTH wide, then what could not be measured and why."""
-    tables = _groups(report.rows, lambda row: (row.format, row.group_size, row.dtype, row.launch))
+    tables = groups(report.rows, lambda row: (row.format, row.group_size, row.dtype, row.launch))
     for (format, group_size, dtype, launch), rows in tables:
         title = f"{format}, group size {group_size}, {dtype}, microseconds"
         console.print(_table(rows, f"{title}{_launched(launch)}"))
@@ -200,7 +234,7 @@ def _table(rows: Sequence[Row], title: str) -> Table:
     table.add_column("layer", no_wrap=True)
     for heading in ("M", "ours", "floor", "cuBLAS", *peers, "ours / floor", "cuBLAS / ours"):
         table.add_column(heading, justify="right")
-    for _, layer in _groups(rows, lambda row: (row.name, row.K, row.N)):
+    for _, layer in groups(rows, lambda row: (row.name, row.K, row.N)):
         for index, row in enumerate(layer):
             label = (row.name, f"{row.K}x{row.N}")[index] if index < 2 else ""
             label = f"{row.name} {row.K}x{row.N}" if len(layer) == 1 else label
@@ -215,16 +249,21 @@ def _cell(row: Row, name: str) -> Text:
         return Text("wrong", style="bold red")
     if name not in row.us:
         return Text("-", style="dim")
-    return Text(_microseconds(row.us[name]), style="bold" if name == OURS else "")
+    return Text(microseconds(row.us[name]), style="bold" if name == OURS else "")
 
 
-def _microseconds(value: float) -> str:
+def microseconds(value: float) -> str:
     """Three or four digits."""
     return f"{value:.2f}" if value < 100 else f"{value:.1f}" if value < 1000 else f"{value:.0f}"
 
 
 def _ratio(row: Row, above: str, below: str) -> str:
-    return f"{row.us[above] / row.us[below]:.2f}" if above in row.us and below in row.us else "-"
+    return ratio(row.us.get(above), row.us.get(below))
+
+
+def ratio(above: float | None, below: float | None) -> str:
+    """Two digits after the point; a dash where there is nothing to divide."""
+    return "-" if above is None or below is None else f"{above / below:.2f}"
 
 
 def _footnotes(report: Report) -> list[str]:
@@ -252,7 +291,7 @@ def _spread(row: Row) -> float:
     return (p90 - p10) / row.us[OURS]
 
 
-def _groups(rows: Iterable[Row], key: Any) -> list[tuple[Any, list[Row]]]:
+def groups(rows: Iterable[Row], key: Any) -> list[tuple[Any, list[Row]]]:
     """Rows by key, in order of first appearance."""
     found: dict[Any, list[Row]] = {}
     for row in rows:
@@ -265,7 +304,7 @@ def _groups(rows: Iterable[Row], key: Any) -> list[tuple[Any, list[Row]]]:
 
 def plot_times(report: Report, path: Path) -> None:
     """A panel per layer: time against M, both on logarithmic axes."""
-    layers = _groups(report.rows, lambda row: (row.name, row.K, row.N))
+    layers = groups(report.rows, lambda row: (row.name, row.K, row.N))
     columns = min(_PANELS_PER_ROW, max(1, len(layers)))
     lines = -(-len(layers) // columns)
     size = (max(6.4, 3.6 * columns + 0.6), 3.0 * lines + 1.2)
@@ -294,7 +333,7 @@ def plot_times(report: Report, path: Path) -> None:
 
 
 def _plot_layer(panel: Axes, rows: Sequence[Row]) -> None:
-    formats = _groups(rows, lambda row: (row.format, row.group_size, row.launch))
+    formats = groups(rows, lambda row: (row.format, row.group_size, row.launch))
     several = len(formats) > 1
     for color, ((format, group_size, launch), ours) in zip(itertools.cycle(_OUR_COLORS), formats, strict=False):
         label = f"marlin_cupy, {format}, group size {group_size}" + _launched(launch)
@@ -321,7 +360,7 @@ def plot_speedup(report: Report, path: Path) -> None:
     figure = Figure(figsize=(8.4, 5.0), dpi=120, layout="constrained")
     panel = figure.subplots()
     several = len({row.format for row in report.rows}) > 1
-    for (name, format, launch), rows in _groups(report.rows, lambda row: (row.name, row.format, row.launch)):
+    for (name, format, launch), rows in groups(report.rows, lambda row: (row.name, row.format, row.launch)):
         points = sorted((row.M, row.us[CUBLAS] / row.us[OURS]) for row in rows if OURS in row.us and CUBLAS in row.us)
         if points:
             label = (f"{name}, {format}" if several else name) + _launched(launch)

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 from rich.console import Console
@@ -31,12 +30,12 @@ from marlin_cupy.bench.contenders import (
 from marlin_cupy.bench.report import DEPENDENT, PLAIN, Report, Row
 from marlin_cupy.bench.shapes import Shape
 from marlin_cupy.device import gpu, gpu_count, import_cupy, no_gpu
-from marlin_cupy.timing import QUICK_SAMPLING, EventTimer, Replay, Run, Sampling, Timer, interleave, prepare
+from marlin_cupy.timing import QUICK_SAMPLING, EventTimer, Replay, Run, Sampling, Summary, Timer, interleave, prepare
 
-_PROTOCOL = (
+PROTOCOL = (
     "CUDA graphs over weight copies that together exceed four times the L2 cache and 200 MB; {}; each contender is "
-    "checked on the graph that was timed, with fresh inputs and NaN in its output, against float32 on the weights "
-    "that it multiplies"
+    "checked on the graph that was timed, with fresh inputs and NaN in its output, against float64 (PyTorch: float32) "
+    "on the weights that it multiplies"
 )
 
 
@@ -87,8 +86,6 @@ def run(
         raise ValueError(f"kernel is {kernel!r}; use one of {', '.join(names_of_kernels)}.")
     sampling = QUICK_SAMPLING if quick else Sampling()
     if sample_ms is not None:
-        if not 0 < sample_ms < math.inf:
-            raise ValueError(f"sample_ms is {sample_ms:g}; use a number of milliseconds above 0.")
         sampling = dataclasses.replace(sampling, sample_ms=sample_ms)
     if gpu_count() == 0:
         print(no_gpu("The benchmark"))
@@ -99,10 +96,10 @@ def run(
     group_sizes = {name: group_size or registry.get(name).default_group_size for name in names}
 
     cupy = import_cupy("the benchmark")
-    found = Report(report.header(protocol=_PROTOCOL.format(sampling), contenders={}), [])
+    found = Report(report.header(protocol=PROTOCOL.format(sampling), contenders={}), [])
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     with (
-        _reported(found, output),  # also when interrupted: what was measured is kept
+        reported(found, report.show, report.save_all, output),  # also when interrupted: what was measured is kept
         Progress(*columns, transient=True) as progress,
         cupy.cuda.Device(0),
         cupy.cuda.Stream(non_blocking=True) as stream,
@@ -121,15 +118,20 @@ def run(
 
 
 @contextlib.contextmanager
-def _reported(found: Report, output: Path | None) -> Iterator[None]:
-    """Show and save whatever has been found at the end."""
+def reported(
+    found: Report,
+    show: Callable[[Report, Console], None],
+    save: Callable[[Report, Path], Iterable[Path]],
+    output: Path | None,
+) -> Iterator[None]:
+    """Show whatever has been found at the end, and save it to ``output`` if that is given; ``save`` returns files."""
     try:
         yield
     finally:
-        console = Console(width=report.WIDTH, highlight=False)
+        console = report.terminal()
         if found.rows:
-            report.show(found, console)
-            for path in report.save_all(found, output) if output is not None else ():
+            show(found, console)
+            for path in save(found, output) if output is not None else ():
                 console.print(f"wrote {path}", soft_wrap=True, markup=False)
 
 
@@ -142,17 +144,17 @@ def _layer(
     descriptions: dict[str, str],
 ) -> Iterator[tuple[int, list[Row]]]:
     """Per M the rows of one layer in one format."""
-    ours, contenders, absent = _contenders(setup, ms, quick)
-    descriptions.update({contender.name: contender.description for contender in contenders})
+    ours = Ours(setup)
+    field = _field(setup, ours, ms, quick)
+    descriptions.update({contender.name: contender.description for contender in field.contenders})
     time = EventTimer(setup.stream)
     for m in ms:
         kinds = [launch for launch in launches if launch == PLAIN or ours.has_dependent_launch(m)]
-        yield m, [_cell(setup, m, launch, contenders, absent, time, sampling) for launch in kinds]
+        yield m, [row for launch in kinds for row in measure([field], m, launch, time, sampling)]
 
 
-def _contenders(setup: Setup, ms: Sequence[int], quick: bool) -> tuple[Ours, list[Contender], dict[str, str]]:
+def _field(setup: Setup, ours: Ours, ms: Sequence[int], quick: bool) -> Field:
     """All that can run on this layer, and for the others the reason why not."""
-    ours = Ours(setup)
     found: list[Contender] = [ours, ReadFloor(setup, ours)]
     absent: dict[str, str] = {}
     for name in (CUBLAS, TINYGEMM, HUMMING):
@@ -167,7 +169,7 @@ def _contenders(setup: Setup, ms: Sequence[int], quick: bool) -> tuple[Ours, lis
                 found.append(contenders_torch.Humming(setup, ms))
         except Exception as error:  # a peer that fails, however it does, is a line of the report
             absent[name] = _reason(error)
-    return ours, found, absent
+    return Field(setup, found, absent)
 
 
 def _cublas(setup: Setup) -> Contender:
@@ -178,41 +180,75 @@ def _cublas(setup: Setup) -> Contender:
         return CupyCublas(setup)
 
 
-def _cell(
-    setup: Setup,
-    m: int,
-    launch: str,
-    contenders: Sequence[Contender],
-    absent: dict[str, str],
-    time: Timer,
-    sampling: Sampling,
-) -> Row:
-    """One layer at one M, launched one way: prepare all contenders, time them in turns, check them."""
-    ours = contenders[0]
-    runs: dict[str, tuple[Contender, Run, Replay]] = {}
-    skipped = dict(absent)
-    for contender in contenders:
+@dataclasses.dataclass(frozen=True)
+class Field:
+    """Who is timed on a layer in one format, ours first; and why others are not."""
+
+    setup: Setup
+    contenders: Sequence[Contender]
+    absent: Mapping[str, str] = dataclasses.field(default_factory=dict)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Entry:
+    """A contender that is ready."""
+
+    contender: Contender
+    run: Run
+    graph: Replay
+
+
+def measure(fields: Sequence[Field], m: int, launch: str, time: Timer, sampling: Sampling) -> list[Row]:
+    """A row per field, at one M, launched one way: prepare all contenders, time all of them in turns, check them."""
+    ready = [_ready(field, m, launch, time, sampling) for field in fields]
+    graphs = {(index, name): entry.graph for index, (entries, _) in enumerate(ready) for name, entry in entries.items()}
+    times = interleave(graphs, time, sampling)
+    return [
+        _row(field, m, launch, entries, skipped, {name: times[index, name] for name in entries})
+        for index, (field, (entries, skipped)) in enumerate(zip(fields, ready, strict=True))
+    ]
+
+
+def _ready(
+    field: Field, m: int, launch: str, time: Timer, sampling: Sampling
+) -> tuple[dict[str, _Entry], dict[str, str]]:
+    """Who can be timed, and why the others cannot."""
+    entries: dict[str, _Entry] = {}
+    skipped = dict(field.absent)
+    for contender in field.contenders:
         reason = contender.refuses(m)
         if reason is None:
             try:
-                prepared = contender.run(m, launch == DEPENDENT)
-                runs[contender.name] = contender, prepared, prepare(prepared, time, sampling)
+                run = contender.run(m, launch == DEPENDENT)
+                entries[contender.name] = _Entry(contender, run, prepare(run, time, sampling))
             except Exception as error:
                 if contender.name in (OURS, FLOOR):
                     raise
                 reason = _reason(error)
         if reason is not None:
             skipped[contender.name] = reason
-    times = interleave({name: graph for name, (_, _, graph) in runs.items()}, time, sampling)
+    return entries, skipped
+
+
+def _row(
+    field: Field,
+    m: int,
+    launch: str,
+    entries: Mapping[str, _Entry],
+    skipped: dict[str, str],
+    times: Mapping[str, Summary],
+) -> Row:
+    """Check what was timed; what is wrong has no time."""
+    setup, ours = field.setup, field.contenders[0]
     errors: dict[str, float] = {}
     wrong: list[str] = []
-    for name, (contender, prepared, graph) in runs.items():
-        distance = prepared.error(graph)
+    for name, entry in entries.items():
+        distance = entry.run.error(entry.graph)
         if distance is not None:
             errors[name] = distance
-            if not distance <= contender.tolerance:  # NaN is wrong too
+            if not distance <= entry.contender.tolerance:  # NaN is wrong too
                 wrong.append(name)
-    details = {name: contender.details(m, launch == DEPENDENT) for name, (contender, _, _) in runs.items()}
+    details = {name: entry.contender.details(m, launch == DEPENDENT) for name, entry in entries.items()}
     kernel, config = details.pop(OURS)
     return Row(
         K=setup.shape.K,
@@ -233,6 +269,8 @@ def _cell(
         cold=ours.is_cold(setup.gpu.l2_bytes),
         wrong=wrong,
         skipped=skipped,
+        options=dict(setup.options),
+        weight_bytes=ours.weight_bytes,
     )
 
 

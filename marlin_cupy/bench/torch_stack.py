@@ -1,8 +1,6 @@
 """The linear layers of a whole model in PyTorch: ours against float16 torch.nn.Linear, eager, captured and compiled.
 
-32 decoder layers of Llama 3 8B without attention and norms: q, k and v in one matrix, of which q goes on; o; gate and
-up in one matrix; silu(gate) * up; down; and the two residual sums. Weights are random. Both stacks run the same code,
-in one process, in turns::
+32 decoder layers, see ``stack``. Weights are random. Both stacks run the same code, in one process, in turns::
 
     python -m marlin_cupy.bench.torch_stack --output torch_stack.json
 
@@ -14,7 +12,7 @@ from __future__ import annotations
 import importlib
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
 from rich import box
@@ -22,6 +20,7 @@ from rich.console import Console
 from rich.table import Table
 
 from marlin_cupy.bench import report
+from marlin_cupy.bench.stack import GAIN, LAYERS, M_VALUES, TOLERANCE, Widths
 from marlin_cupy.device import gpu_count, import_cupy, no_gpu
 from marlin_cupy.integrations.torch import Linear
 from marlin_cupy.progress import bar
@@ -29,35 +28,10 @@ from marlin_cupy.timing import EventTimer, Replay, Sampling, Summary, interleave
 
 torch: Any = importlib.import_module("torch")
 
-LAYERS = 32
-M_VALUES = (1, 16, 64)
 SAMPLING = Sampling(sample_ms=40.0)
-#: Keeps the residual stream in range through all layers.
-_GAIN = 0.3
-#: Of the result of int4 against float16 weights; more than that is a mistake.
-_TOLERANCE = 0.2
 _CAPTURED = "CUDA graph"
 _COMPILED = {"torch.compile": "default", "reduce-overhead": "reduce-overhead"}
 OURS, DENSE = "marlin_cupy", "float16"
-
-
-@dataclass(frozen=True)
-class Widths:
-    """Of a decoder layer: K and N of its matrices follow."""
-
-    hidden: int = 4096
-    qkv: int = 6144
-    inner: int = 14336
-
-    @property
-    def shapes(self) -> tuple[tuple[int, int], ...]:
-        """(K, N) of qkv, o, gate and up, down."""
-        return (
-            (self.hidden, self.qkv),
-            (self.hidden, self.hidden),
-            (self.hidden, 2 * self.inner),
-            (self.inner, self.hidden),
-        )
 
 
 @dataclass(frozen=True)
@@ -87,9 +61,9 @@ def stacks(widths: Widths, layers: int, device: str, format: str, group_size: in
     with bar("quantizing", layers, device != "cpu") as begin:
         for index in range(layers):
             begin(f"layer {index}")
-            for K, N in widths.shapes:
+            for K, N in widths.shapes.values():
                 dense = torch.nn.Linear(K, N, bias=False, dtype=torch.float16, device=device).requires_grad_(False)
-                dense.weight.normal_(0, _GAIN * K**-0.5, generator=generator)
+                dense.weight.normal_(0, GAIN * K**-0.5, generator=generator)
                 found[DENSE].append(dense)
                 found[OURS].append(Linear.from_linear(dense, format, group_size))
     return {name: torch.nn.ModuleList(modules) for name, modules in found.items()}
@@ -154,7 +128,7 @@ def measure(both: dict[str, Any], M: int, widths: Widths, sampling: Sampling = S
     for name, modules in both.items():
         for mode, call in modes(modules, x).items():
             error = float((call().float() - expected).norm() / expected.norm())
-            if not error < _TOLERANCE:
+            if not error < TOLERANCE:
                 raise RuntimeError(f"{name}, {mode}, M={M}: the result is {error:.3g} from that of float16 weights.")
             calls[f"{name}/{mode}"], errors[f"{name}/{mode}"] = Call(call), error
     times = interleave(calls, EventTimer(import_cupy("the benchmark").cuda.Stream.null), sampling)
@@ -198,17 +172,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
         both = stacks(widths, options.layers, "cuda", options.format, options.group_size)
         for M in options.m or M_VALUES:
             rows += measure(both, M, widths)
-    show(rows, Console(width=report.WIDTH, highlight=False))
-    if options.output is not None:
-        spec = both[OURS][0].spec
-        header = report.header(
-            layers=options.layers,
-            shapes=[list(shape) for shape in widths.shapes],
-            format=spec.format,
-            group_size=spec.group_size,
-            sampling=str(SAMPLING),
-        )
-        report.write_json(options.output, {"header": header, "rows": [asdict(each) for each in rows]})
+    show(rows, report.terminal())
+    spec = both[OURS][0].spec
+    report.write_rows(
+        options.output,
+        rows,
+        layers=options.layers,
+        shapes=list(widths.shapes.values()),
+        format=spec.format,
+        group_size=spec.group_size,
+        sampling=str(SAMPLING),
+    )
     return 0
 
 

@@ -8,16 +8,16 @@ alone.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import functools
+from collections.abc import Callable, Iterator
 from typing import Any, TypeVar
 
 import equinox as eqx
 import jax
 import jax.numpy as jnp
 
-from marlin_cupy.integrations import jax_layers
-from marlin_cupy.integrations.replacing import Filter, Report, matches
-from marlin_cupy.progress import bar
+from marlin_cupy.integrations import jax_layers, replacing
+from marlin_cupy.integrations.replacing import Filter, Place, Report, replace
 from marlin_cupy.spec import Spec
 from marlin_cupy.tensor import QuantizedTensor
 
@@ -86,8 +86,7 @@ class Linear(eqx.Module):
         """
         if "scalar" in (linear.in_features, linear.out_features):
             raise ValueError('linear takes or returns a "scalar"; a layer of vectors can be quantized.')
-        weight = _made(jnp.transpose, linear.weight)
-        w = jax_layers.quantized(weight, format, group_size, scale_dtype=scale_dtype, search=search)
+        w = _quantized(linear, format, group_size, scale_dtype=scale_dtype, search=search)
         return cls(w, linear.bias, dtype=dtype)
 
     @property
@@ -108,6 +107,14 @@ class Linear(eqx.Module):
 def _made(function: Callable[[Any], Any], array: Any) -> Any:
     """``function(array)``, a shape for a shape."""
     return jax.eval_shape(function, array) if isinstance(array, jax.ShapeDtypeStruct) else function(array)
+
+
+def _quantized(
+    linear: eqx.nn.Linear, format: str, group_size: int | None, *, scale_dtype: str | None, search: str
+) -> QuantizedTensor:
+    """The weight of ``linear``."""
+    weight = _made(jnp.transpose, linear.weight)
+    return jax_layers.quantized(weight, format, group_size, scale_dtype=scale_dtype, search=search)
 
 
 def quantize_model(
@@ -136,38 +143,47 @@ def quantize_model(
     Raises:
         ValueError: as :func:`marlin_cupy.quantize`, with the name of the layer.
     """
-    wanted = matches(filter)
-    leaves, tree = jax.tree_util.tree_flatten_with_path(model, is_leaf=_is_linear)
-    chosen: dict[int, str] = {}  # names by position
-    kept: dict[str, str] = {}
-    for position, (path, layer) in enumerate(leaves):
-        if _is_linear(layer):
-            name = jax.tree_util.keystr(path, simple=True, separator=".")
-            if type(layer) is not eqx.nn.Linear:
-                kept[name] = f"it is a {type(layer).__name__}, a subclass"
-            elif "scalar" in (layer.in_features, layer.out_features):
-                kept[name] = "it takes or returns a scalar"
-            elif not wanted(name, layer):
-                kept[name] = "the filter left it out"
-            else:
-                chosen[position] = name
 
-    found = [leaf for _, leaf in leaves]
-    replaced: dict[str, Spec] = {}
-    before = after = 0
-    with bar("quantizing", len(chosen), progress) as begin:
-        for position, name in chosen.items():
-            begin(name)
-            old = found[position]
-            try:
-                new = Linear.from_linear(old, format, group_size, scale_dtype=scale_dtype, search=search, dtype=dtype)
-            except ValueError as error:
-                raise type(error)(f"{name}: {error}") from error
-            before += old.weight.size * old.weight.dtype.itemsize
-            after += new.packed.size
-            replaced[name] = new.spec
-            found[position] = new
-    return jax.tree.unflatten(tree, found), Report(replaced, kept, before, after)
+    def packed(name: str, layer: eqx.nn.Linear) -> QuantizedTensor:
+        return _quantized(layer, format, group_size, scale_dtype=scale_dtype, search=search)
+
+    tree = _Model(model, dtype)
+    report = replace(tree, packed, filter=filter, progress=progress)
+    return tree.whole(), report
+
+
+class _Model(replacing.Model):
+    """A pytree. Every place in it is a layer of its own."""
+
+    linear = eqx.nn.Linear
+
+    def __init__(self, model: Any, dtype: Any | None) -> None:
+        found, self._tree = jax.tree_util.tree_flatten_with_path(model, is_leaf=_is_linear)
+        self._paths, self._leaves = [path for path, _ in found], [leaf for _, leaf in found]
+        self._dtype = dtype
+
+    def whole(self) -> Any:
+        """The model with what has been put into it."""
+        return jax.tree.unflatten(self._tree, self._leaves)
+
+    def places(self) -> Iterator[Place]:
+        """By their paths."""
+        for position, (path, leaf) in enumerate(zip(self._paths, self._leaves, strict=True)):
+            if _is_linear(leaf):
+                name = jax.tree_util.keystr(path, simple=True, separator=".")
+                yield Place(name, leaf, position, functools.partial(self._leaves.__setitem__, position))
+
+    def weight(self, layer: eqx.nn.Linear) -> Any:
+        """(N, K)."""
+        return layer.weight
+
+    def layer(self, old: eqx.nn.Linear, w: QuantizedTensor) -> Linear:
+        """With the same bias."""
+        return Linear(w, old.bias, dtype=self._dtype)
+
+    def unsuited(self, layer: eqx.nn.Linear) -> str | None:
+        """A layer of scalars."""
+        return "it takes or returns a scalar" if "scalar" in (layer.in_features, layer.out_features) else None
 
 
 def _is_linear(node: Any) -> bool:

@@ -9,15 +9,15 @@ the shapes that the quantized model has: what a checkpoint is restored into.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import Any, NamedTuple, TypeVar
+import functools
+from collections.abc import Callable, Iterator
+from typing import Any, TypeVar
 
 import jax
 from flax import nnx
 
-from marlin_cupy.integrations import jax_layers
-from marlin_cupy.integrations.replacing import Filter, Report, matches
-from marlin_cupy.progress import bar
+from marlin_cupy.integrations import jax_layers, replacing
+from marlin_cupy.integrations.replacing import Filter, Place, Report, replace
 from marlin_cupy.spec import Spec
 from marlin_cupy.tensor import QuantizedTensor
 
@@ -95,14 +95,6 @@ class Linear(nnx.Module):
 # ---- models
 
 
-class _Place(NamedTuple):
-    """Where a layer is: in this attribute of ``owner``, or in a list, tuple or dict there."""
-
-    name: str
-    owner: Any
-    attribute: str
-
-
 def quantize_model_(
     model: nnx.Module,
     format: str = "int4",
@@ -135,83 +127,71 @@ def quantize_model_(
         raise TypeError(f"model is a {type(model).__name__}; pass an nnx.Module.")
     if isinstance(model, nnx.Linear):
         raise ValueError("model is itself an nnx.Linear; use Linear.from_linear.")
-    wanted = matches(filter)
-    layers, places, owners = _found(model)
-    kept: dict[str, str] = {}
-    chosen: list[nnx.Linear] = []
-    for layer in layers:
-        names = [place.name for place in places[id(layer)]]
-        reason = None
-        if type(layer) is not nnx.Linear:
-            reason = f"it is a {type(layer).__name__}, a subclass"
-        elif layer.dot_general is not jax.lax.dot_general:
-            reason = "it has a dot_general of its own"
-        elif not any(wanted(name, layer) for name in names):
-            reason = "the filter left it out"
-        elif len(owners[id(layer.kernel)]) > 1:
-            reason = "its kernel is shared with another module"
-        if reason is None:
-            chosen.append(layer)
-        else:
-            kept |= dict.fromkeys(names, reason)
-    del layers
 
-    replaced: dict[str, Spec] = {}
-    before = after = 0
-    with bar("quantizing", len(chosen), progress) as begin:
-        while chosen:
-            layer = chosen.pop(0)
-            here = places.pop(id(layer))
-            begin(here[0].name)
-            try:
-                new = Linear.from_linear(layer, format, group_size, scale_dtype=scale_dtype, search=search, dtype=dtype)
-            except ValueError as error:
-                raise type(error)(f"{here[0].name}: {error}") from error
-            before += layer.kernel.size * layer.kernel.dtype.itemsize
-            after += new.packed.size
-            for place in here:
-                _put(place, layer, new)
-                replaced[place.name] = new.spec
-            del layer  # its memory is to be free before the next one is quantized
-    return Report(replaced, kept, before, after)
+    def packed(name: str, layer: nnx.Linear) -> QuantizedTensor:
+        kernel = layer.kernel.get_value()
+        return jax_layers.quantized(kernel, format, group_size, scale_dtype=scale_dtype, search=search)
+
+    return replace(_Model(model, dtype), packed, filter=filter, progress=progress)
 
 
-def _found(model: nnx.Module) -> tuple[list[nnx.Linear], dict[int, list[_Place]], dict[int, set[int]]]:
-    """The nnx.Linear layers; by the id of each where it is; by the id of each variable the ids of its modules."""
-    layers: list[nnx.Linear] = []
-    places: dict[int, list[_Place]] = {}
-    owners: dict[int, set[int]] = {}
-    for place, child in _children(model, "", set()):
-        if isinstance(child, nnx.Variable):
-            owners.setdefault(id(child), set()).add(id(place.owner))
-        elif isinstance(child, nnx.Linear):
-            if id(child) not in places:
-                layers.append(child)
-            places.setdefault(id(child), []).append(place)
-    return layers, places, owners
+class _Model(replacing.Model):
+    """An NNX module."""
+
+    linear = nnx.Linear
+
+    def __init__(self, model: nnx.Module, dtype: Any | None) -> None:
+        self._model, self._dtype = model, dtype
+        self._owners: dict[int, set[int]] = {}  # modules of a variable, all by their ids
+        for _, child, owner, _ in _children(model, "", set()):
+            if isinstance(child, nnx.Variable):
+                self._owners.setdefault(id(child), set()).add(id(owner))
+
+    def places(self) -> Iterator[Place]:
+        """In attributes of modules, and in lists, tuples and dicts there."""
+        for name, child, _, put in _children(self._model, "", set()):
+            if isinstance(child, nnx.Linear):
+                yield Place(name, child, id(child), put)
+
+    def weight(self, layer: nnx.Linear) -> Any:
+        """(K, N)."""
+        return layer.kernel.get_value()
+
+    def layer(self, old: nnx.Linear, w: QuantizedTensor) -> Linear:
+        """With the same bias."""
+        return Linear(w, old.bias, dtype=self._dtype or old.dtype)
+
+    def unsuited(self, layer: nnx.Linear) -> str | None:
+        """With another product."""
+        return None if layer.dot_general is jax.lax.dot_general else "it has a dot_general of its own"
+
+    def tied(self, layer: nnx.Linear) -> str | None:
+        """To another module."""
+        return "its kernel is shared with another module" if len(self._owners[id(layer.kernel)]) > 1 else None
 
 
-def _children(node: Any, name: str, seen: set[int]) -> Iterator[tuple[_Place, Any]]:
-    """Modules and variables below ``node``, with every place that they have."""
+def _children(node: Any, name: str, seen: set[int]) -> Iterator[tuple[str, Any, Any, Callable[[Any], None]]]:
+    """Modules and variables below ``node``, at every place that they have: name, child, its module, and what puts
+    another one there.
+    """
     if id(node) in seen:
         return
     seen.add(id(node))
     for attribute, value in list(vars(node).items()):
-        for path, child in jax.tree_util.tree_flatten_with_path(value, is_leaf=_is_object)[0]:
+        for leaf, (path, child) in enumerate(jax.tree_util.tree_flatten_with_path(value, is_leaf=_is_object)[0]):
             if _is_object(child):
                 full = ".".join(filter(None, (name, attribute, jax.tree_util.keystr(path, simple=True, separator="."))))
-                place = _Place(full, node, attribute)
-                yield place, child
+                yield full, child, node, functools.partial(_put, node, attribute, leaf)
                 if isinstance(child, nnx.Pytree):
-                    yield from _children(child, place.name, seen)
+                    yield from _children(child, full, seen)
 
 
 def _is_object(value: Any) -> bool:
     return isinstance(value, nnx.Pytree | nnx.Variable)
 
 
-def _put(place: _Place, old: nnx.Linear, new: Linear) -> None:
-    value = getattr(place.owner, place.attribute)
-    setattr(
-        place.owner, place.attribute, jax.tree.map(lambda each: new if each is old else each, value, is_leaf=_is_object)
-    )
+def _put(owner: Any, attribute: str, leaf: int, new: Linear) -> None:
+    """Into ``owner.attribute``, in the place of the leaf of that number."""
+    leaves, tree = jax.tree.flatten(getattr(owner, attribute), is_leaf=_is_object)
+    leaves[leaf] = new
+    setattr(owner, attribute, jax.tree.unflatten(tree, leaves))

@@ -8,9 +8,10 @@ import jax
 import jax.numpy as jnp
 
 from marlin_cupy import matmul
-from marlin_cupy.device import CPU, import_cupy, on
+from marlin_cupy.device import CPU
 from marlin_cupy.formats.scalars import HALF_DTYPES
 from marlin_cupy.integrations.jax import abstract, in_jax
+from marlin_cupy.integrations.replacing import free_cupy_memory
 from marlin_cupy.quantizing import quantize
 from marlin_cupy.tensor import QuantizedTensor
 
@@ -32,8 +33,7 @@ def quantized(
     if device != CPU:
         own.packed.block_until_ready()
         del w  # CuPy's memory, for the next layer's dense weight in JAX's
-        with on(device):
-            import_cupy("a GPU").get_default_memory_pool().free_all_blocks()
+        free_cupy_memory(device)
     return own
 
 

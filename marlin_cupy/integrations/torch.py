@@ -7,9 +7,10 @@ load_quantized_(other, "model.safetensors")        # a model of the same archite
 
 from __future__ import annotations
 
+import functools
 import json
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -18,11 +19,10 @@ import safetensors.torch
 import torch
 
 from marlin_cupy.compilers.torch import multiply
-from marlin_cupy.device import import_cupy, on
 from marlin_cupy.errors import FileFormatError
 from marlin_cupy.files import METADATA_KEY, check_packed, described, whole_file
-from marlin_cupy.integrations.replacing import Filter, Report, matches
-from marlin_cupy.progress import bar
+from marlin_cupy.integrations import replacing
+from marlin_cupy.integrations.replacing import Filter, Place, Report, free_cupy_memory, replace
 from marlin_cupy.quantizing import quantize
 from marlin_cupy.spec import Spec
 from marlin_cupy.tensor import QuantizedTensor
@@ -130,16 +130,17 @@ class Linear(torch.nn.Module):
 
         The bias keeps its dtype; where ``device`` is None it is shared.
         """
-        weight = linear.weight.detach()
-        w = quantize(
-            weight.T,
-            format,
-            group_size,
-            scale_dtype=scale_dtype,
-            search=search,
-            device=None if device is None else _name_of(torch.device(device)),
-        ).to("torch")
-        w = QuantizedTensor(w.spec, _owned(w.packed), range_factors=_owned(w.range_factors))
+        return cls.in_place_of(
+            linear, _quantized(linear, format, group_size, scale_dtype=scale_dtype, search=search, device=device)
+        )
+
+    @classmethod
+    def in_place_of(cls: type[L], linear: torch.nn.Linear, w: QuantizedTensor) -> L:
+        """Over the memory of ``w``, with the bias of ``linear``, moved to where ``w`` is; training as ``linear`` is.
+
+        Raises:
+            TypeError, ValueError: as :meth:`from_quantized`.
+        """
         bias = linear.bias
         if bias is not None and bias.device != w.packed.device:
             bias = torch.nn.Parameter(bias.detach().to(w.packed.device), requires_grad=bias.requires_grad)
@@ -270,6 +271,27 @@ def _name_of(device: torch.device) -> str:
     return f"cuda:{torch.cuda.current_device() if device.index is None else device.index}"
 
 
+def _quantized(
+    linear: torch.nn.Linear,
+    format: str,
+    group_size: int | None,
+    *,
+    scale_dtype: str | None,
+    search: str,
+    device: torch.device | str | None,
+) -> QuantizedTensor:
+    """The weight of ``linear``, in PyTorch's own memory."""
+    w = quantize(
+        linear.weight.detach().T,
+        format,
+        group_size,
+        scale_dtype=scale_dtype,
+        search=search,
+        device=None if device is None else _name_of(torch.device(device)),
+    ).to("torch")
+    return QuantizedTensor(w.spec, _owned(w.packed), range_factors=_owned(w.range_factors))
+
+
 # ---- models
 
 
@@ -306,56 +328,45 @@ def quantize_model_(
         raise TypeError(f"model is a {type(model).__name__}; pass a torch.nn.Module.")
     if isinstance(model, torch.nn.Linear):
         raise ValueError("model is itself a torch.nn.Linear; use Linear.from_linear.")
-    wanted = matches(filter)
-    names: dict[torch.nn.Linear, list[str]] = {}
-    owners: dict[int, set[type]] = {}  # of a parameter, by its id
-    for name, module in model.named_modules(remove_duplicate=False):
-        for parameter in module.parameters(recurse=False):
-            owners.setdefault(id(parameter), set()).add(type(module))
-        if isinstance(module, torch.nn.Linear):
-            names.setdefault(module, []).append(name)
 
-    kept: dict[str, str] = {}
-    chosen: dict[int, list[torch.nn.Linear]] = {}  # by the id of a weight
-    for layer, places in names.items():
-        others = sorted(owner.__name__ for owner in owners[id(layer.weight)] - {torch.nn.Linear})
-        reason = None
-        if type(layer) is not torch.nn.Linear:
-            reason = f"it is a {type(layer).__name__}, a subclass"
-        elif not any(wanted(name, layer) for name in places):
-            reason = "the filter left it out"
-        elif others:
-            reason = f"its weight is shared with {', '.join(others)}"
-        if reason is None:
-            chosen.setdefault(id(layer.weight), []).append(layer)
-        else:
-            kept |= dict.fromkeys(places, reason)
+    def packed(name: str, layer: torch.nn.Linear) -> QuantizedTensor:
+        w = _quantized(layer, format, group_size, scale_dtype=scale_dtype, search=search, device=device)
+        free_cupy_memory(w.device)
+        return w
 
-    replaced: dict[str, Spec] = {}
-    before = after = 0
-    with bar("quantizing", len(chosen), progress) as begin:
-        for weight in list(chosen):
-            first, *others_alike = chosen.pop(weight)
-            begin(names[first][0])
-            before += first.weight.nbytes
-            try:
-                new = Linear.from_linear(
-                    first, format, group_size, scale_dtype=scale_dtype, search=search, device=device
-                )
-            except ValueError as error:
-                raise type(error)(f"{names[first][0]}: {error}") from error
-            after += new.packed.nbytes
-            for layer in (first, *others_alike):
-                bias = layer.bias if layer.bias is None or layer is first else layer.bias.to(new.packed.device)
-                its = new if layer is first else Linear.from_quantized(new.quantized, bias).train(layer.training)
-                for name in names.pop(layer):
-                    _put(model, name, its)
-                    replaced[name] = its.spec
-            del first, others_alike, layer  # their memory is to be free before the next one is quantized
-            if new.packed.is_cuda:
-                with on(new.quantized.device):
-                    import_cupy("a GPU").get_default_memory_pool().free_all_blocks()
-    return Report(replaced, kept, before, after)
+    return replace(_Model(model), packed, filter=filter, progress=progress)
+
+
+class _Model(replacing.Model):
+    """A PyTorch module."""
+
+    linear = torch.nn.Linear
+
+    def __init__(self, model: torch.nn.Module) -> None:
+        self._model = model
+        self._owners: dict[int, set[type]] = {}  # of a parameter, by its id
+        for module in model.modules():
+            for parameter in module.parameters(recurse=False):
+                self._owners.setdefault(id(parameter), set()).add(type(module))
+
+    def places(self) -> Iterator[Place]:
+        """By every name that a layer has."""
+        for name, module in _named(self._model).items():
+            if isinstance(module, torch.nn.Linear):
+                yield Place(name, module, id(module.weight), functools.partial(_put, self._model, name))
+
+    def weight(self, layer: torch.nn.Linear) -> torch.Tensor:
+        """(N, K)."""
+        return layer.weight
+
+    def layer(self, old: torch.nn.Linear, w: QuantizedTensor) -> Linear:
+        """With the bias where ``w`` is."""
+        return Linear.in_place_of(old, w)
+
+    def tied(self, layer: torch.nn.Linear) -> str | None:
+        """To an embedding, for instance."""
+        others = sorted(owner.__name__ for owner in self._owners[id(layer.weight)] - {torch.nn.Linear})
+        return f"its weight is shared with {', '.join(others)}" if others else None
 
 
 # ---- files
