@@ -1,0 +1,138 @@
+// Shared -> registers -> tensor cores: a warpgroup's share of a tile, weights decoded into the A registers of wgmma.
+//
+//   slab, 128 K     | group 0 | group 1 | group 2 | group 3 |     a group is `atoms` x 16 K, committed together
+//   ALUs            | decode 0| decode 1| decode 2| decode 3|
+//   tensor cores              | wgmma 0 | wgmma 1 | wgmma 2 | wgmma 3 |
+//   A registers       set 0     set 1     set 0     set 1         one set is read by wgmma while the other one is filled
+//
+// The ALUs go on to the next slab while the last group of this one is under way, so a stage is given back one group late.
+#pragma once
+#include "layout.cuh"
+#include "ptx/bulk_copy.cuh"
+#include "ptx/shared_memory.cuh"
+#include "ptx/wgmma.cuh"
+#include "schedule/ring.cuh"
+#include "schedule/roles.cuh"
+
+template <class Tile, class Memory, class Layout, class Codec, class T, class S, int granule>
+struct WgmmaTile {
+    static constexpr int atoms = Tile::tokens < 192 ? 2 : 1;  // decoded together: as many as fit in registers
+    static constexpr int groups = SLAB_K / (16 * atoms);
+    static constexpr int sets = 2;
+
+    using Scaled = typename Codec::Scaled;
+
+    const Memory memory;
+    const Consumer<Tile> me;
+    float sums[Tile::row_blocks][Tile::sums];
+    float factor[Tile::row_blocks][2];  // of rows g and g + 8, see Scaled
+
+    __device__ explicit WgmmaTile(Memory memory) : memory(memory) {}
+
+    // Before a tile whose first 64 outputs are `row_block`.
+    template <class Weights>
+    __device__ void load_factors(const Weights& weights, int row_block) {
+#pragma unroll
+        for (int r = 0; r < Tile::row_blocks; ++r) {
+            const int block = row_block + me.wg_n * Tile::row_blocks + r;
+#pragma unroll
+            for (int i = 0; i < 2; ++i)
+                factor[r][i] = Scaled::needs_factors && block < weights.args.slabs_n
+                                   ? weights.factor(block, 16 * me.warp + me.lane / 4 + 8 * i)
+                                   : 1.0f;
+        }
+    }
+
+    // What `sums` of a row are to be multiplied by.
+    __device__ float undo(int r, int i) const { return inverse_power(factor[r][i] * Scaled::unit); }
+
+    // The products of the next `count` stages, of which the K groups take turns.
+    __device__ void multiply(Ring<Tile::stages>& ring, int count) {
+#pragma unroll
+        for (int r = 0; r < Tile::row_blocks; ++r)
+#pragma unroll
+            for (int i = 0; i < Tile::sums; ++i) sums[r][i] = 0.0f;
+
+        u32 a[sets][Tile::row_blocks][atoms][4];
+        Vec4 codes[Tile::row_blocks];
+        Scaled scaled[Tile::row_blocks];
+        int before = -1;  // the stage whose last products may be under way
+        const int skip = (me.wg_k + Tile::wgs_k - ring.stage % Tile::wgs_k) % Tile::wgs_k;
+        Ring<Tile::stages> mine = ring;
+        mine.advance(skip);
+        for (int i = skip; i < count; i += Tile::wgs_k) {
+            barrier_wait(memory.full(mine.stage), mine.parity);
+            const u64 x = wgmma_descriptor(uniform(memory.x(mine.stage)));
+            const u32 half_slab = memory.weights(mine.stage) + me.wg_n * Tile::row_blocks * Layout::slab_bytes +
+                                  me.warp / 2 * Layout::half_bytes;
+#pragma unroll
+            for (int group = 0; group < groups; ++group) {
+                const int set = group % sets;
+#pragma unroll
+                for (int j = 0; j < atoms; ++j)
+#pragma unroll
+                    for (int r = 0; r < Tile::row_blocks; ++r)
+                        decode(a[set][r][j], codes[r], scaled[r], factor[r], half_slab + r * Layout::slab_bytes,
+                               group * atoms + j);
+                wgmma_fence();  // the registers just written go to the tensor cores
+#pragma unroll
+                for (int r = 0; r < Tile::row_blocks; ++r)
+#pragma unroll
+                    for (int j = 0; j < atoms; ++j)
+#pragma unroll
+                        for (int piece = 0; piece < Tile::pieces; ++piece)
+                            wgmma<T, Tile::piece>(sums[r] + piece * Tile::piece / 2, a[set][r][j],
+                                                  x + (x_offset(group * atoms + j, piece) >> 4));
+                wgmma_commit();
+                wgmma_wait<sets - 1>();  // the set that is filled next is free
+                if (group == sets - 2) release(before);
+            }
+            before = mine.stage;
+            mine.advance(Tile::wgs_k);
+        }
+        wgmma_wait<0>();
+        // Sums may not be touched while wgmma is under way: nothing that reads them moves up across this.
+#pragma unroll
+        for (int r = 0; r < Tile::row_blocks; ++r)
+#pragma unroll
+            for (int i = 0; i < Tile::sums; ++i) pin(sums[r][i]);
+        release(before);
+        ring.advance_far(count);
+    }
+
+private:
+    // Each warp gives a stage back.
+    __device__ void release(int stage) { barrier_arrive_if(me.lane == 0 && stage >= 0, memory.empty(stage)); }
+
+    // Bytes from the start of a stage's x: two halves of 64 K, in each a row of 128 bytes per token.
+    static __device__ constexpr int x_offset(int atom, int piece) {
+        return atom / 4 * Memory::x_half + atom % 4 * 32 + piece * Tile::piece * 128;
+    }
+
+    // The A fragment of 16 rows x 16 K, times its scales. Codes and scales are loaded where theirs begin.
+    __device__ void decode(u32 (&a)[4], Vec4& codes, Scaled& scaled, const float (&factor)[2], u32 half_slab, int atom) const {
+        if (atom % Layout::atoms_per_block == 0) codes = load_codes(half_slab, atom);
+        if (atom * 16 % granule == 0) {
+            const auto param = [&](int i) { return load_param(half_slab, i, atom); };
+            const u32 pair = param(0);
+            scaled = Scaled(Codec::group(param), S::to_float(pair & 0xFFFFu) * factor[0], S::to_float(pair >> 16) * factor[1]);
+        }
+        // Nothing of this moves into the products before, whose registers are in use, nor behind those that follow.
+        u32* const words = &codes.word[atom % Layout::atoms_per_block * Layout::words];
+#pragma unroll
+        for (int i = 0; i < Layout::words; ++i) pin(words[i]);
+        scaled.decode(a, words, memory.table());
+#pragma unroll
+        for (int i = 0; i < 4; ++i) pin(a[i]);
+    }
+
+    // This lane's 16 bytes of codes that `atom` begins.
+    __device__ Vec4 load_codes(u32 half_slab, int atom) const {
+        return load_shared_vec4(half_slab + Layout::block(atom / Layout::atoms_per_block, me.warp % 2) + 16 * me.lane);
+    }
+
+    // Parameter `index` of rows g and g + 8, of the granule that `atom` lies in.
+    __device__ u32 load_param(u32 half_slab, int index, int atom) const {
+        return load_shared(half_slab + Layout::param(index, atom * 16 / granule, me.warp % 2) + me.lane / 4 * 4);
+    }
+};
