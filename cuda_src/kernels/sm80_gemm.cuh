@@ -14,6 +14,7 @@
 // One barrier per step: it ends both the wait for this stage and the reading of the stage that is refilled next.
 #pragma once
 #include "epilogue/store.cuh"
+#include "mainloop/pipeline.cuh"
 #include "mainloop/warp_tile.cuh"
 #include "schedule/stripes.cuh"
 
@@ -72,7 +73,7 @@ extern "C" __global__ void __launch_bounds__(Tile::threads, Config::blocks_per_s
     const int row_atom = warp % Tile::warps_n * Tile::row_atoms;
     const int token = warp / Tile::warps_n % Tile::warps_m * 8 * Tile::token_tiles;
     const int k_atom = warp / (Tile::warps_n * Tile::warps_m) * Tile::k_atoms;
-    WarpTile<Tile, Ring, Packed, Decoder, Activation, Scale, GRANULE> work;
+    WarpTile<Tile, Ring, Packed, Decoder, HalfMma<Activation>, Scale, GRANULE> work;
     work.clear();
 
     int tile = static_cast<int>(begin / steps), step = static_cast<int>(begin % steps);

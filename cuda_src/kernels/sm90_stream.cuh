@@ -216,7 +216,7 @@ extern "C" __global__ void __cluster_dims__(Config::cluster) __launch_bounds__(T
     if (!args.dependent) Decoder::fill_table(table, threadIdx.x, Tile::threads);
     if (Decoder::table_bytes) __syncthreads();
 
-    WarpTile<Tile, Place, Packed, Decoder, Activation, Scale, GRANULE> work;
+    WarpTile<Tile, Place, Packed, Decoder, HalfMma<Activation>, Scale, GRANULE> work;
     int slot = 0;
     u32 parity = 0;
     for (int t = 0; t < share.tiles; ++t) {

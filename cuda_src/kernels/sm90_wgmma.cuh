@@ -194,7 +194,7 @@ __device__ inline void load_x(const Args& args, Memory memory) {
 struct Compute {
     const Args& args;
     const Memory memory;
-    WgmmaTile<Tile, Memory, Packed, Decoder, Activation, Scale, GRANULE> work;
+    WgmmaTile<Tile, Memory, Packed, Decoder, HalfWgmma<Activation>, Scale, GRANULE> work;
 
     __device__ Compute(const Args& args, Memory memory) : args(args), memory(memory), work(memory) {}
 

@@ -7,8 +7,7 @@
 // join `sums` at once: fewer registers and instructions for many tokens.
 #pragma once
 #include "layout.cuh"
-#include "mainloop/pipeline.cuh"
-#include "ptx/mma.cuh"
+#include "mainloop/mma.cuh"
 #include "ptx/shared_memory.cuh"
 
 template <bool first, class A, class B>
@@ -21,11 +20,11 @@ struct Either<false, A, B> {
 };
 
 // Place says where weights and x lie in what step() is given.
-template <class Tile, class Place, class Layout, class Codec, class T, class S, int granule>
+template <class Tile, class Place, class Layout, class Codec, class Mma, class S, int granule>
 struct WarpTile {
     static constexpr int row_atoms = Tile::row_atoms;
     static constexpr int token_tiles = Tile::token_tiles;
-    static constexpr int granule_atoms = granule / 16;
+    static constexpr int granule_atoms = granule / Mma::k;
     static_assert(token_tiles == 1 || token_tiles % 2 == 0, "ldmatrix brings two");
 
     using Scaled = typename Codec::Scaled;
@@ -82,34 +81,31 @@ struct WarpTile {
             const int atom = k_atom + a;  // k_atom is a multiple of the atoms of a 16-byte load, and of k_atoms
             const bool opens = a == 0 || a % granule_atoms == 0;
             const bool closes = a + 1 == Tile::k_atoms || (a + 1) % granule_atoms == 0;
-            const int in_slab = atom % (SLAB_K / 16);
 
             if (a % Layout::atoms_per_block == 0) {
 #pragma unroll
-                for (int r = 0; r < row_atoms; ++r)
-                    codes[r] = load_shared_vec4(half_of(weights, row_atom + r, atom) + 16 * lane +
-                                                Layout::block(in_slab / Layout::atoms_per_block, (row_atom + r) % 2));
+                for (int r = 0; r < row_atoms; ++r) codes[r] = load_codes(weights, row_atom + r, atom, lane);
             }
             if (opens) {
 #pragma unroll
                 for (int r = 0; r < row_atoms; ++r) {
-                    group[r] = Codec::group([&](int i) { return param(weights, i, row_atom + r, atom, lane); });
+                    group[r] = Codec::group([&](int i) { return load_param(weights, i, row_atom + r, atom, lane); });
                     if (Tile::scale_weights) {
-                        const u32 pair = param(weights, 0, row_atom + r, atom, lane);
+                        const u32 pair = load_param(weights, 0, row_atom + r, atom, lane);
                         scaled[r] = Scaled(group[r], S::to_float(pair & 0xFFFFu) * factor[r][0],
                                            S::to_float(pair >> 16) * factor[r][1]);
                     }
                 }
             }
 
-            if (token_tiles > 1 || a % 2 == 0) load_tokens(b, x, token, atom, lane);
+            if (token_tiles > 1 || a % 2 == 0) Mma::template load<Place, token_tiles == 1>(b, x, token, atom);
             const int lone = token_tiles == 1 ? a % 2 : 0;
             if (Products::needs_sums_of_x) {
                 const u32 ones[4] = {Products::one, Products::one, Products::one, Products::one};
 #pragma unroll
                 for (int t = 0; t < token_tiles; ++t) {
                     if (opens) clear(sums_of_x[t]);
-                    mma<T>(sums_of_x[t], ones, b[t + lone][0], b[t + lone][1]);
+                    Mma::multiply(sums_of_x[t], ones, b[t + lone]);
                 }
             }
 #pragma unroll
@@ -123,7 +119,7 @@ struct WarpTile {
 #pragma unroll
                 for (int t = 0; t < token_tiles; ++t) {
                     if (opens && !Tile::scale_weights) clear(partial[r][t]);
-                    mma<T>(Tile::scale_weights ? sums[r][t] : partial[r][t], decoded, b[t + lone][0], b[t + lone][1]);
+                    Mma::multiply(Tile::scale_weights ? sums[r][t] : partial[r][t], decoded, b[t + lone]);
                 }
             }
 
@@ -131,7 +127,7 @@ struct WarpTile {
             if (closes && !Tile::scale_weights) {
 #pragma unroll
                 for (int r = 0; r < row_atoms; ++r) {
-                    const u32 pair = param(weights, 0, row_atom + r, atom, lane);
+                    const u32 pair = load_param(weights, 0, row_atom + r, atom, lane);
                     const float scale[2] = {S::to_float(pair & 0xFFFFu), S::to_float(pair >> 16)};  // rows g, g + 8
 #pragma unroll
                     for (int t = 0; t < token_tiles; ++t)
@@ -148,26 +144,18 @@ private:
     }
 
     static __device__ u32 half_of(u32 weights, int row_atom, int atom) {
-        return weights + Place::half(row_atom / 2, atom / (SLAB_K / 16));
+        return weights + Place::half(row_atom / 2, atom / (SLAB_K / Mma::k));
     }
 
-    static __device__ u32 param(u32 weights, int index, int row_atom, int atom, int lane) {
-        const int k_granule = atom % (SLAB_K / 16) * 16 / granule;
+    // This lane's 16 bytes of codes that `atom` begins.
+    static __device__ Vec4 load_codes(u32 weights, int row_atom, int atom, int lane) {
+        const int k_block = atom % (SLAB_K / Mma::k) / Layout::atoms_per_block;
+        return load_shared_vec4(half_of(weights, row_atom, atom) + 16 * lane + Layout::block(k_block, row_atom % 2));
+    }
+
+    // Parameter `index` of rows g and g + 8, of the granule that `atom` lies in.
+    static __device__ u32 load_param(u32 weights, int index, int row_atom, int atom, int lane) {
+        const int k_granule = atom % (SLAB_K / Mma::k) * Mma::k / granule;
         return load_shared(half_of(weights, row_atom, atom) + Layout::param(index, k_granule, row_atom % 2) + lane / 4 * 4);
-    }
-
-    // B fragments: of an atom for all token tiles, one ldmatrix.x4 for two of them; of a lone tile for two atoms.
-    template <int count>
-    static __device__ void load_tokens(u32 (&b)[count][2], u32 x, int token, int atom, int lane) {
-        const int matrix = lane / 8, row = lane % 8;
-#pragma unroll
-        for (int t = 0; t < count; t += 2) {
-            const int tile = token_tiles == 1 ? 0 : t + matrix / 2, chunk = 2 * atom + (token_tiles == 1 ? matrix : matrix % 2);
-            const Vec4 v = load_matrix_x4(x + Place::token_chunk(token + 8 * tile + row, chunk));
-            b[t][0] = v.word[0];
-            b[t][1] = v.word[1];
-            b[t + 1][0] = v.word[2];
-            b[t + 1][1] = v.word[3];
-        }
     }
 };

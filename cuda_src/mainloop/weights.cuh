@@ -24,9 +24,7 @@ struct Weights {
         return found;
     }
 
-    // Of an output of row of slabs `row_block`, see formats/codec.cuh.
-    __device__ float factor(int row_block, int output) const {
-        const i64 first = args.stack.number() * args.slabs_n * SLAB_N;
-        return (args.factors + first)[SLAB_N * row_block + output];
-    }
+    // Factors of outputs, see formats/codec.cuh; those of this weight start at `first_output`.
+    __device__ i64 first_output() const { return args.stack.number() * args.slabs_n * SLAB_N; }
+    __device__ float factor(i64 first, int output) const { return (args.factors + first)[output]; }
 };

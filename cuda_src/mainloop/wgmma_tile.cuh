@@ -14,10 +14,22 @@
 #include "schedule/ring.cuh"
 #include "schedule/roles.cuh"
 
-template <class Tile, class Memory, class Layout, class Codec, class T, class S, int granule>
+// What a warpgroup multiplies with: K per instruction, and where x of an atom of weights is.
+template <class T>
+struct HalfWgmma {
+    static constexpr int k = 16;
+
+    // `x` describes the first atom of a stage, in two halves of 64 K; tokens are rows of 128 bytes there.
+    template <int tokens>
+    static __device__ void multiply(float* sums, const u32 (&a)[4], u64 x, int half_bytes, int atom, int token) {
+        wgmma<T, tokens>(sums, a, x + ((atom / 4 * half_bytes + atom % 4 * 32 + token * 128) >> 4));
+    }
+};
+
+template <class Tile, class Memory, class Layout, class Codec, class Mma, class S, int granule>
 struct WgmmaTile {
     static constexpr int atoms = Tile::tokens < 192 ? 2 : 1;  // decoded together: as many as fit in registers
-    static constexpr int groups = SLAB_K / (16 * atoms);
+    static constexpr int groups = SLAB_K / (Mma::k * atoms);
     static constexpr int sets = 2;
 
     using Scaled = typename Codec::Scaled;
@@ -32,13 +44,14 @@ struct WgmmaTile {
     // Before a tile whose first 64 outputs are `row_block`.
     template <class Weights>
     __device__ void load_factors(const Weights& weights, int row_block) {
+        const i64 first = weights.first_output();
 #pragma unroll
         for (int r = 0; r < Tile::row_blocks; ++r) {
             const int block = row_block + me.wg_n * Tile::row_blocks + r;
 #pragma unroll
             for (int i = 0; i < 2; ++i)
                 factor[r][i] = Scaled::needs_factors && block < weights.args.slabs_n
-                                   ? weights.factor(block, 16 * me.warp + me.lane / 4 + 8 * i)
+                                   ? weights.factor(first, SLAB_N * block + 16 * me.warp + me.lane / 4 + 8 * i)
                                    : 1.0f;
         }
     }
@@ -81,8 +94,8 @@ struct WgmmaTile {
                     for (int j = 0; j < atoms; ++j)
 #pragma unroll
                         for (int piece = 0; piece < Tile::pieces; ++piece)
-                            wgmma<T, Tile::piece>(sums[r] + piece * Tile::piece / 2, a[set][r][j],
-                                                  x + (x_offset(group * atoms + j, piece) >> 4));
+                            Mma::template multiply<Tile::piece>(sums[r] + piece * Tile::piece / 2, a[set][r][j], x,
+                                                                Memory::x_half, group * atoms + j, piece * Tile::piece);
                 wgmma_commit();
                 wgmma_wait<sets - 1>();  // the set that is filled next is free
                 if (group == sets - 2) release(before);
@@ -104,15 +117,10 @@ private:
     // Each warp gives a stage back.
     __device__ void release(int stage) { barrier_arrive_if(me.lane == 0 && stage >= 0, memory.empty(stage)); }
 
-    // Bytes from the start of a stage's x: two halves of 64 K, in each a row of 128 bytes per token.
-    static __device__ constexpr int x_offset(int atom, int piece) {
-        return atom / 4 * Memory::x_half + atom % 4 * 32 + piece * Tile::piece * 128;
-    }
-
     // The A fragment of 16 rows x 16 K, times its scales. Codes and scales are loaded where theirs begin.
     __device__ void decode(u32 (&a)[4], Vec4& codes, Scaled& scaled, const float (&factor)[2], u32 half_slab, int atom) const {
         if (atom % Layout::atoms_per_block == 0) codes = load_codes(half_slab, atom);
-        if (atom * 16 % granule == 0) {
+        if (atom * Mma::k % granule == 0) {
             const auto param = [&](int i) { return load_param(half_slab, i, atom); };
             const u32 pair = param(0);
             scaled = Scaled(Codec::group(param), S::to_float(pair & 0xFFFFu) * factor[0], S::to_float(pair >> 16) * factor[1]);
@@ -133,6 +141,6 @@ private:
 
     // Parameter `index` of rows g and g + 8, of the granule that `atom` lies in.
     __device__ u32 load_param(u32 half_slab, int index, int atom) const {
-        return load_shared(half_slab + Layout::param(index, atom * 16 / granule, me.warp % 2) + me.lane / 4 * 4);
+        return load_shared(half_slab + Layout::param(index, atom * Mma::k / granule, me.warp % 2) + me.lane / 4 * 4);
     }
 };
