@@ -3,6 +3,7 @@
 // Accumulators hold outputs in rows and tokens in columns; y wants a token's outputs side by side. A pass through
 // shared memory, 8 tokens at a time, turns them over and adds the K warps in order.
 #pragma once
+#include "ptx/cluster.cuh"
 #include "ptx/global_memory.cuh"
 #include "ptx/shared_memory.cuh"
 
@@ -87,6 +88,24 @@ struct Epilogue {
                 const int i = base + j * Tile::threads;
                 if (i < valid) store(args, token + i / quads, row + i % quads * 4, sum[j]);
             }
+        }
+    }
+
+    // Leaves this block's part of a tile in `mine`, shared memory; each block of the cluster then adds some quads up, in rank
+    // order. No block may write to `mine` again before all others have added.
+    template <class Args, class Sums>
+    static __device__ void finish_cluster(const Args& args, const Sums& sums, float* buffer, int row, float* mine, int rank) {
+        gather(sums, buffer, args.M, [&](int t, int r, const float4& sum) {
+            *reinterpret_cast<float4*>(mine + t * Tile::rows + r) = sum;
+        });
+        cluster_arrive();
+        cluster_wait();
+        const int all = args.M * quads;
+        for (int q = threadIdx.x * Tile::cluster + rank; q < all; q += Tile::threads * Tile::cluster) {
+            float4 sum = {0.0f, 0.0f, 0.0f, 0.0f};
+#pragma unroll
+            for (int r = 0; r < Tile::cluster; ++r) add(sum, load_cluster(shared_address(mine + 4 * q), r));
+            store(args, q / quads, row + q % quads * 4, sum);
         }
     }
 

@@ -3,9 +3,9 @@
 //            K ->    first_slab                     The generated preamble defines
 //          +------+------+------+------+              Config       threads of a block
 //   N  W   | slab | slab | slab | slab |              Activation   Float16 or BFloat16: what is written
-//   |      +------+======+======+------+              Scale        type of the scales
-//   v             |     slabs   |                     GRANULE      K per row of parameters
-//                 v             v                     SHARED_BYTES
+//   |      +------+======+======+------+              Slab         where codes and parameters lie
+//   v             |     slabs   |                     SHARED_BYTES
+//                 v             v
 //          dense (N, 128 * slabs), row-major        and includes formats/<format>.cuh for Codec.
 //
 // Bound by memory: half a byte or one is read per weight, and two are written. A block takes slab after slab, a warp 16

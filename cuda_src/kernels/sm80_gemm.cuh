@@ -3,9 +3,9 @@
 //            K ->                                  The generated preamble defines
 //          +-------------------+                     Config       the tile, see marlin_cupy/kernels/sm80_gemm.py
 //   N  W   | slab | slab | ... |  one block:         Activation   Float16 or BFloat16: x, bias and y
-//   |      +-------------------+  rows x tokens      Scale        type of the scales
-//   v             x                                  GRANULE      K per row of parameters
-//          +---------+   y is written as             SHARED_BYTES
+//   |      +-------------------+  rows x tokens      Slab         where codes and parameters lie
+//   v             x                                  SHARED_BYTES
+//          +---------+   y is written as
 //   K  x^T | tokens  |   tokens x rows             and includes formats/<format>.cuh for Codec.
 //          +---------+
 //
@@ -14,6 +14,7 @@
 // One barrier per step: it ends both the wait for this stage and the reading of the stage that is refilled next.
 #pragma once
 #include "epilogue/store.cuh"
+#include "mainloop/pipeline.cuh"
 #include "mainloop/warp_tile.cuh"
 #include "schedule/stripes.cuh"
 
@@ -71,7 +72,7 @@ extern "C" __global__ void __launch_bounds__(Tile::threads, Config::blocks_per_s
     const int row_atom = warp % Tile::warps_n * Tile::row_atoms;
     const int token = warp / Tile::warps_n % Tile::warps_m * 8 * Tile::token_tiles;
     const int k_atom = warp / (Tile::warps_n * Tile::warps_m) * Tile::k_atoms;
-    WarpTile<Tile, Ring, Decoder, Activation> work;
+    WarpTile<Tile, Ring, Decoder, HalfMma<Activation>> work;
     work.clear();
 
     int tile = static_cast<int>(begin / steps), step = static_cast<int>(begin % steps);

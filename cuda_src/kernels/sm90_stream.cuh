@@ -24,7 +24,7 @@
 //
 // What was tried and what each thing gave: examples/results/laboratory.md.
 //
-// The preamble defines Config, Activation, Scale, GRANULE and SHARED_BYTES, as for sm80_gemm.
+// The preamble defines Config, Activation, Slab and SHARED_BYTES, as for sm80_gemm.
 #pragma once
 #include "epilogue/store.cuh"
 #include "mainloop/warp_tile.cuh"
@@ -59,6 +59,7 @@ struct Tile : Config {
 };
 
 using Decoder = Codec<Activation>;
+using Output = Epilogue<Tile, Activation>;
 
 // A slot: a slab or half a slab, and x, which has memory of its own for the alignment of its swizzle.
 struct Place {
@@ -72,141 +73,170 @@ struct Place {
     }
 };
 
-// Where a warp is on its way through its slabs: a share of K of one tile, then the same of the next tile.
+// Shared memory, by what lies there:
+//
+//   | x of all slots | table | weights of all slots | their barriers | exchange of the warps | shares for the cluster, twice |
+struct Memory {
+    static constexpr int slots = Tile::warps_k * Config::slots;
+    static constexpr int table_at = slots * Place::x_bytes;
+    static constexpr int weights_at = table_at + Decoder::table_bytes;
+    static constexpr int barriers_at = weights_at + slots * Place::weight_bytes;
+    static constexpr int exchange_at = barriers_at + 8 * slots;
+    static constexpr int shares_at = exchange_at + Output::bytes;
+    static constexpr int share_floats = Tile::tokens * Tile::rows;
+    static constexpr int bytes = shares_at + (Config::cluster > 1 ? 2 * share_floats * 4 : 0);
+    static_assert(bytes == SHARED_BYTES, "the host twin reserves this much");
+};
+
+// The slots of a warp, by address.
+struct Slots {
+    u32 first_x, first_weights, first_barrier;
+
+    __device__ Slots(u32 shared, int warp)
+        : first_x(shared + warp * Config::slots * Place::x_bytes),
+          first_weights(shared + Memory::weights_at + warp * Config::slots * Place::weight_bytes),
+          first_barrier(shared + Memory::barriers_at + warp * Config::slots * 8) {
+        pin(first_x);
+        pin(first_weights);
+        pin(first_barrier);
+    }
+    __device__ u32 x(int slot) const { return first_x + slot * Place::x_bytes; }
+    __device__ u32 weights(int slot) const { return first_weights + slot * Place::weight_bytes; }
+    __device__ u32 barrier(int slot) const { return first_barrier + 8 * slot; }
+};
+
+// What a warp computes: of each tile of its cluster, every warps_k-th slab of this rank's share of K.
+struct Share {
+    const int rank, clusters, first_tile;
+    const int k_begin, k_end, per_tile;  // slabs
+    const int tiles;
+
+    __device__ Share(const Args& args, int warp)
+        : rank(static_cast<int>(cluster_rank())), clusters(gridDim.x / Config::cluster), first_tile(blockIdx.x / Config::cluster),
+          k_begin(args.slabs_k * rank / Config::cluster + warp), k_end(args.slabs_k * (rank + 1) / Config::cluster),
+          per_tile(k_begin < k_end ? (k_end - k_begin + Tile::warps_k - 1) / Tile::warps_k : 0),
+          tiles(args.rounds - (first_tile + (args.rounds - 1) * clusters < args.tiles_n ? 0 : 1)) {}
+};
+
+// Where a warp's copies are on the way through its share.
 struct Walk {
     int tile, slab, left;
 
-    __device__ void advance(int k_begin, int k_end, int clusters) {
+    __device__ explicit Walk(const Share& share) : tile(share.first_tile), slab(share.k_begin), left(share.tiles * share.per_tile) {}
+
+    __device__ void advance(const Share& share) {
         --left;
         slab += Tile::warps_k;
-        if (slab >= k_end) slab = k_begin, tile += clusters;
+        if (slab >= share.k_end) slab = share.k_begin, tile += share.clusters;
+    }
+};
+
+// Fills slots: one lane issues the copies.
+struct Copies {
+    const Args& args;
+    const Slots& slots;
+    const int x_bytes;  // tokens beyond M are not copied: a token's products depend on no other
+    const u64 policy;
+    const i64 first;    // of a stack, where the weight begins
+
+    __device__ Copies(const Args& args, const Slots& slots)
+        : args(args), slots(slots), x_bytes(args.M * SLAB_K * 2), policy(policy_evict_first()),
+          first(args.stack.number() * (args.tiles_n * Config::halves / 2) * args.slabs_k * Slab::slab_bytes) {}
+
+    __device__ void weights(int slot, const Walk& at) const {
+        constexpr int per_slab = 2 / Config::halves;  // tiles
+        const u8* source = args.weight + first +
+                           (static_cast<i64>(at.tile / per_slab) * args.slabs_k + at.slab) * Slab::slab_bytes +
+                           at.tile % per_slab * Slab::half_bytes;
+        copy_bulk(slots.weights(slot), source, Place::weight_bytes, slots.barrier(slot), policy);
+    }
+    __device__ void x(int slot, const Walk& at) const {
+        copy_box(slots.x(slot), &args.x, at.slab * SLAB_K, 0, slots.barrier(slot));
+        copy_box(slots.x(slot) + Place::x_half, &args.x, at.slab * SLAB_K + 64, 0, slots.barrier(slot));
+    }
+    __device__ void both(int slot, const Walk& at) const {
+        if (at.left > 0 && elect_lane()) {
+            barrier_expect(slots.barrier(slot), Place::weight_bytes + x_bytes);
+            weights(slot, at);
+            x(slot, at);
+        }
     }
 };
 
 extern "C" __global__ void __cluster_dims__(Config::cluster) __launch_bounds__(Tile::threads, Config::blocks_per_sm)
     gemm(const __grid_constant__ Args args) {
-    using Output = Epilogue<Tile, Activation>;
-    constexpr int all_slots = Tile::warps_k * Config::slots;
-    constexpr int share_bytes = Config::cluster > 1 ? 2 * Tile::tokens * Tile::rows * 4 : 0;
-    constexpr int slots_bytes = all_slots * (Place::x_bytes + Place::weight_bytes + 8);
-    static_assert(Decoder::table_bytes + slots_bytes + Output::bytes + share_bytes == SHARED_BYTES, "the host twin reserves this much");
-
     allow_next_kernel();
     extern __shared__ __align__(1024) u8 shared[];
     const int warp = threadIdx.x / WARP, lane = threadIdx.x % WARP;
-    u32 x_ring = shared_address(shared) + warp * Config::slots * Place::x_bytes;
-    const u32 table = shared_address(shared) + all_slots * Place::x_bytes;
-    u32 ring = table + Decoder::table_bytes + warp * Config::slots * Place::weight_bytes;
-    u32 barriers = table + Decoder::table_bytes + all_slots * Place::weight_bytes + warp * Config::slots * 8;
-    pin(x_ring);
-    pin(ring);
-    pin(barriers);
-    float* const exchange = reinterpret_cast<float*>(shared + Decoder::table_bytes + slots_bytes);
-    float* const shares = exchange + Output::bytes / 4;
+    const u32 table = shared_address(shared) + Memory::table_at;
+    const Slots slots(shared_address(shared), warp);
+    float* const exchange = reinterpret_cast<float*>(shared + Memory::exchange_at);
+    float* const shares = reinterpret_cast<float*>(shared + Memory::shares_at);
+    const Share share(args, warp);
+    const Copies copy(args, slots);
 
-    // This warp's slabs: for each tile of this cluster, every warps_k-th slab of this rank's share of K.
-    const int rank = static_cast<int>(cluster_rank());
-    const int clusters = gridDim.x / Config::cluster, first_tile = blockIdx.x / Config::cluster;
-    const int k_begin = args.slabs_k * rank / Config::cluster + warp;
-    const int k_end = args.slabs_k * (rank + 1) / Config::cluster;
-    const int per_tile = k_begin < k_end ? (k_end - k_begin + Tile::warps_k - 1) / Tile::warps_k : 0;
-    const int tiles = args.rounds - (first_tile + (args.rounds - 1) * clusters < args.tiles_n ? 0 : 1);
-    const int x_bytes = args.M * SLAB_K * 2;  // tokens beyond M are not copied: a token's products depend on no other
-    const u64 policy = policy_evict_first();
-    const i64 first = args.stack.number() * (args.tiles_n * Config::halves / 2) * args.slabs_k * Slab::slab_bytes;
-
-    auto copy_weights = [&](int slot, const Walk& at) {
-        constexpr int per_slab = 2 / Config::halves;  // tiles
-        const u8* source = args.weight + first +
-                           (static_cast<i64>(at.tile / per_slab) * args.slabs_k + at.slab) * Slab::slab_bytes +
-                           at.tile % per_slab * Slab::half_bytes;
-        copy_bulk(ring + slot * Place::weight_bytes, source, Place::weight_bytes, barriers + 8 * slot, policy);
-    };
-    auto copy_x = [&](int slot, const Walk& at) {
-        const u32 x = x_ring + slot * Place::x_bytes;
-        copy_box(x, &args.x, at.slab * SLAB_K, 0, barriers + 8 * slot);
-        copy_box(x + Place::x_half, &args.x, at.slab * SLAB_K + 64, 0, barriers + 8 * slot);
-    };
-    auto copy = [&](int slot, const Walk& at) {
-        if (at.left > 0 && elect_lane()) {
-            barrier_expect(barriers + 8 * slot, Place::weight_bytes + x_bytes);
-            copy_weights(slot, at);
-            copy_x(slot, at);
-        }
-    };
+    // ---- load: the first slabs
     if (lane == 0) {
         prefetch_map(&args.x);
-        for (int slot = 0; slot < Config::slots; ++slot) barrier_init(barriers + 8 * slot, 1);
+        for (int slot = 0; slot < Config::slots; ++slot) barrier_init(slots.barrier(slot), 1);
         barrier_init_fence();
     }
     __syncwarp();
     // Weights do not wait for the kernel ahead, x does. Where none is ahead, a slot's x goes right behind its weights:
     // behind those of all slots it would arrive after them. So do most slots where x is as large as the weights.
-    Walk next = {first_tile, k_begin, tiles * per_tile};
+    Walk next(share);
     const int early = args.dependent ? (Tile::token_tiles == 1 ? Config::slots : 1) : 0;
     if (args.dependent) {
         Walk ahead = next;
 #pragma unroll 1
         for (int slot = 0; slot < early; ++slot) {
             if (ahead.left > 0 && elect_lane()) {
-                barrier_expect_more(barriers + 8 * slot, Place::weight_bytes);
-                copy_weights(slot, ahead);
+                barrier_expect_more(slots.barrier(slot), Place::weight_bytes);
+                copy.weights(slot, ahead);
             }
-            ahead.advance(k_begin, k_end, clusters);
+            ahead.advance(share);
         }
         Decoder::fill_table(table, threadIdx.x, Tile::threads);
         wait_for_previous_kernel();
 #pragma unroll 1
         for (int slot = 0; slot < early; ++slot) {
             if (next.left > 0 && elect_lane()) {
-                barrier_expect(barriers + 8 * slot, x_bytes);
-                copy_x(slot, next);
+                barrier_expect(slots.barrier(slot), copy.x_bytes);
+                copy.x(slot, next);
             }
-            next.advance(k_begin, k_end, clusters);
+            next.advance(share);
         }
     }
 #pragma unroll 1
     for (int slot = early; slot < Config::slots; ++slot) {
-        copy(slot, next);
-        next.advance(k_begin, k_end, clusters);
+        copy.both(slot, next);
+        next.advance(share);
     }
     if (!args.dependent) Decoder::fill_table(table, threadIdx.x, Tile::threads);
     if (Decoder::table_bytes) __syncthreads();
 
-    WarpTile<Tile, Place, Decoder, Activation> work;
+    WarpTile<Tile, Place, Decoder, HalfMma<Activation>> work;
     int slot = 0;
     u32 parity = 0;
-    for (int t = 0; t < tiles; ++t) {
+    for (int t = 0; t < share.tiles; ++t) {
+        // ---- compute: a slab, and its slot is refilled
         work.clear();
-        for (int i = 0; i < per_tile; ++i) {
-            barrier_wait(barriers + 8 * slot, parity);
-            work.step(ring + slot * Place::weight_bytes, x_ring + slot * Place::x_bytes, table, 0, 0, 0, [] {});
+        for (int i = 0; i < share.per_tile; ++i) {
+            barrier_wait(slots.barrier(slot), parity);
+            work.step(slots.weights(slot), slots.x(slot), table, 0, 0, 0, [] {});
             __syncwarp();
-            copy(slot, next);
-            next.advance(k_begin, k_end, clusters);
+            copy.both(slot, next);
+            next.advance(share);
             if (++slot == Config::slots) slot = 0, parity ^= 1;
         }
 
+        // ---- finish: the warps' sums, and those of the cluster
         work.undo_factors();
-        const int row = (first_tile + t * clusters) * Tile::rows;
-        if (Config::cluster == 1) {
-            Output::gather(work.sums, exchange, args.M,
-                           [&](int token, int r, const float4& sum) { Output::store(args, token, row + r, sum); });
-            continue;
-        }
-        float* const mine = shares + t % 2 * Tile::tokens * Tile::rows;
-        Output::gather(work.sums, exchange, args.M, [&](int token, int r, const float4& sum) {
-            *reinterpret_cast<float4*>(mine + token * Tile::rows + r) = sum;
-        });
-        cluster_arrive();
-        cluster_wait();
-        const int quads = args.M * Output::quads;
-        for (int q = threadIdx.x * Config::cluster + rank; q < quads; q += Tile::threads * Config::cluster) {
-            float4 sum = {0.0f, 0.0f, 0.0f, 0.0f};
-#pragma unroll
-            for (int r = 0; r < Config::cluster; ++r) Output::add(sum, load_cluster(shared_address(mine + 4 * q), r));
-            Output::store(args, q / Output::quads, row + q % Output::quads * 4, sum);
-        }
+        const int row = (share.first_tile + t * share.clusters) * Tile::rows;
+        if (Config::cluster == 1)
+            Output::finish(args, work.sums, exchange, row, 0);
+        else  // a block may still read the share of the tile before
+            Output::finish_cluster(args, work.sums, exchange, row, shares + t % 2 * Memory::share_floats, share.rank);
     }
     if (Config::cluster > 1) {  // no block leaves while another reads its shared memory
         cluster_arrive_relaxed();

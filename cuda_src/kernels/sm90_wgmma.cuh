@@ -21,17 +21,20 @@
 //
 // What was tried and what each thing gave: examples/results/laboratory.md.
 //
-// The preamble defines Config, Activation, Scale, GRANULE and SHARED_BYTES, as for sm80_gemm.
+// The preamble defines Config, Activation, Slab and SHARED_BYTES, as for sm80_gemm.
 #pragma once
+#include "epilogue/exchange.cuh"
+#include "epilogue/turned_store.cuh"
 #include "layout.cuh"
+#include "mainloop/weights.cuh"
+#include "mainloop/wgmma_tile.cuh"
 #include "ptx/bulk_copy.cuh"
 #include "ptx/cluster.cuh"
 #include "ptx/dependent_launch.cuh"
-#include "ptx/global_memory.cuh"
-#include "ptx/shared_memory.cuh"
 #include "ptx/tensor_copy.cuh"
 #include "ptx/warpgroup.cuh"
-#include "ptx/wgmma.cuh"
+#include "schedule/ring.cuh"
+#include "schedule/roles.cuh"
 #include "schedule/segments.cuh"
 
 struct Args {
@@ -59,55 +62,56 @@ struct Tile : Config {
     static constexpr int consumers = 4 * WARP * Config::wgs_n * Config::wgs_k;
     static constexpr int threads = consumers + 4 * WARP;
     static constexpr int sums = Config::tokens / 2;                   // accumulators per thread and row block
+    static constexpr int share_bytes = rows * Config::tokens * 4;     // of the tile as float32
     static_assert(Config::stages % Config::wgs_k == 0, "a K group that runs ahead must not meet another's stages");
     static_assert(Config::stages >= 2 * Config::wgs_k, "a K group gives a stage back when it works on its next");
 };
 
-enum Barrier { ALL = 1, CONSUMERS, FIRST_K_GROUP, STORE };  // STORE + wg_n
-
 using Decoder = Codec<Activation>;
+using Output = TurnedStore<Tile, Activation>;
 
-// Shared memory, from the start: x needs the alignment of its swizzle.
-struct Place {
-    static constexpr int LENT_BYTES = 16384;                          // less than that is not worth waiting for the ring
-    static constexpr int x_bytes = Tile::tokens * SLAB_K * 2;
-    static constexpr int x_half = x_bytes / 2;                        // 64 K
+// Shared memory, by what lies there:
+//
+//   | x of each stage | slabs of each stage | table | shares of K groups | shares of a cluster | turn | full empty arrived count |
+//
+// x comes first, since it needs the alignment of its swizzle. A cluster computes one tile, so that its ring is free when its
+// blocks exchange shares: large ones go there.
+struct Memory {
+    static constexpr int LENT_BYTES = 16384;                                // less than that is not worth waiting for the ring
+    static constexpr int cluster_bytes = (Tile::cluster - 1) * Tile::share_bytes;
+    static constexpr bool lends_stages = cluster_bytes > LENT_BYTES;
+
+    static constexpr int x_half = Tile::tokens * 128;                       // 64 K
+    static constexpr int x_bytes = 2 * x_half;
     static constexpr int weight_bytes = Tile::slabs * Slab::slab_bytes;
-    static constexpr int share_bytes = Tile::rows * Tile::tokens * 4;
-    static constexpr int turn_bytes = 16 * SLAB_N * 2;                // 16 tokens of a row block
-
-    static constexpr int weights = Tile::stages * x_bytes;
-    static constexpr int table = weights + Tile::stages * weight_bytes;
-    static constexpr int k_shares = table + Decoder::table_bytes;     // of K groups but the first
-    static constexpr int others_bytes = (Tile::cluster - 1) * share_bytes;  // what other blocks of the cluster leave
-    static constexpr bool lends_stages = others_bytes > LENT_BYTES;
-    static constexpr int own = k_shares + (Tile::wgs_k - 1) * share_bytes;
-    static constexpr int turn = own + (lends_stages ? 0 : others_bytes);
-    static constexpr int barriers = turn + Tile::wgs_n * 2 * turn_bytes;
-    static constexpr int full = barriers, empty = full + 8 * Tile::stages, arrived = empty + 8 * Tile::stages;
-    static constexpr int bytes = arrived + 16;
+    static constexpr int weights_at = Tile::stages * x_bytes;
+    static constexpr int table_at = weights_at + Tile::stages * weight_bytes;
+    static constexpr int k_shares_at = table_at + Decoder::table_bytes;     // of K groups but the first
+    static constexpr int own_at = k_shares_at + (Tile::wgs_k - 1) * Tile::share_bytes;
+    static constexpr int cluster_shares_at = lends_stages ? 0 : own_at;     // of blocks but the first
+    static constexpr int turn_at = own_at + (lends_stages ? 0 : cluster_bytes);
+    static constexpr int full_at = turn_at + Tile::wgs_n * 2 * Output::bytes;
+    static constexpr int empty_at = full_at + 8 * Tile::stages;
+    static constexpr int arrived_at = empty_at + 8 * Tile::stages;
+    static constexpr int count_at = arrived_at + 8;
+    static constexpr int bytes = count_at + 8;
     static_assert(bytes == SHARED_BYTES, "the host twin reserves this much");
+    static_assert(cluster_bytes <= table_at, "what other blocks leave goes where stages were");
 
-    static constexpr int cluster_shares = lends_stages ? 0 : own;     // a cluster computes one tile: its ring is free then
-    static_assert(others_bytes <= table, "what other blocks leave goes where stages were");
-};
+    u32 start;
 
-__device__ inline Segments segments_of(const Args& args) {
-    return {args.schedule, static_cast<int>(blockIdx.x) / Tile::cluster};
-}
+    __device__ u32 x(int stage) const { return start + stage * x_bytes; }
+    __device__ u32 weights(int stage) const { return start + weights_at + stage * weight_bytes; }
+    __device__ u32 table() const { return start + table_at; }
+    __device__ u32 k_share(int i) const { return start + k_shares_at + i * Tile::share_bytes; }
+    __device__ u32 cluster_share(int i) const { return start + cluster_shares_at + i * Tile::share_bytes; }
+    __device__ u32 turn(int wg_n) const { return start + turn_at + wg_n * 2 * Output::bytes; }
 
-struct Ring {
-    int stage = 0;
-    u32 parity = 0;
-    __device__ void advance(int by) {  // by no more than there are stages
-        stage += by;
-        if (stage >= Tile::stages) stage -= Tile::stages, parity ^= 1;
-    }
-    __device__ void advance_far(int by) {
-        const int at = stage + by;
-        parity ^= at / Tile::stages & 1;
-        stage = at % Tile::stages;
-    }
+    // Barriers: a stage has been filled, by weights and by x; each warp that reads it has; what a cluster waits for.
+    __device__ u32 full(int stage) const { return start + full_at + 8 * stage; }
+    __device__ u32 empty(int stage) const { return start + empty_at + 8 * stage; }
+    __device__ u32 arrived() const { return start + arrived_at; }
+    __device__ u32 count() const { return start + count_at; }               // how many blocks had arrived before this one
 };
 
 // Which outputs and tokens a tile is. Token tiles run fastest, eight of them at a time, so that the blocks of a wave
@@ -128,362 +132,115 @@ struct Corner {
     }
 };
 
-// One thread copies the weights, another x. What it does for a stage is kept short: ten warps may wait for the next one.
-__device__ inline void produce_weights(const Args& args, u32 shared) {
-    pin(shared);
+// The tiles of this block one after the other: where each is, and this block's part of its K.
+struct Tiles : Segments {
+    const Args& args;
+
+    __device__ Tiles(const Args& args) : Segments(args.schedule, static_cast<int>(blockIdx.x) / Tile::cluster), args(args) {}
+
+    __device__ Corner corner() const { return {args, now.tile}; }
+    __device__ Segment slabs() const { return now.part(static_cast<int>(cluster_rank()), Tile::cluster); }
+};
+
+// ---- load: one thread copies the weights, another x. What it does for a stage is short: ten warps may wait for the next one.
+
+__device__ inline void load_weights(const Args& args, Memory memory) {
+    pin(memory.start);
     const u64 policy = args.tiles_m == 1 ? policy_evict_first() : policy_evict_normal();
-    Ring ring;
-    for (Segments all = segments_of(args); all.next();) {
-        const int first = Corner(args, all.now.tile).row_block;
+    Ring<Tile::stages> ring;
+    for (Tiles tiles(args); tiles.next();) {
+        const int first = tiles.corner().row_block;
         const int count = args.slabs_n - first < Tile::slabs ? args.slabs_n - first : Tile::slabs;
-        const i64 pitch = static_cast<i64>(args.schedule.steps) * Slab::slab_bytes;
-        const Segment range = all.now.part(static_cast<int>(cluster_rank()), Tile::cluster);
-        const u8* source = args.weight + first * pitch + static_cast<i64>(range.begin) * Slab::slab_bytes;
-        if (STACKED) source += args.stack.number() * args.slabs_n * pitch;
+        const Weights<Args> weights{args, args.schedule.steps};
+        const i64 pitch = weights.pitch();
+        const Segment slabs = tiles.slabs();
+        const u8* source = weights.slab(first, slabs.begin);
 #pragma unroll 1
-        for (int k = range.begin; k < range.end; ++k, source += Slab::slab_bytes) {
-            const u32 full = shared + Place::full + 8 * ring.stage;
-            const u32 stage = shared + Place::weights + ring.stage * Place::weight_bytes;
-            barrier_wait(shared + Place::empty + 8 * ring.stage, ring.parity ^ 1);
+        for (int k = slabs.begin; k < slabs.end; ++k, source += Slab::slab_bytes) {
+            const u32 full = memory.full(ring.stage), target = memory.weights(ring.stage);
+            barrier_wait(memory.empty(ring.stage), ring.parity ^ 1);
             barrier_expect(full, count * Slab::slab_bytes);
 #pragma unroll
             for (int i = 0; i < Tile::slabs; ++i)
                 if (i == 0 || i < count)
-                    copy_bulk(stage + i * Slab::slab_bytes, source + i * pitch, Slab::slab_bytes, full, policy);
+                    copy_bulk(target + i * Slab::slab_bytes, source + i * pitch, Slab::slab_bytes, full, policy);
             ring.advance(1);
         }
     }
 }
 
-__device__ inline void produce_x(const Args& args, u32 shared) {
-    pin(shared);
+__device__ inline void load_x(const Args& args, Memory memory) {
+    pin(memory.start);
     wait_for_previous_kernel();
-    Ring ring;
-    for (Segments all = segments_of(args); all.next();) {
-        const int token = Corner(args, all.now.tile).token;
-        const Segment range = all.now.part(static_cast<int>(cluster_rank()), Tile::cluster);
+    Ring<Tile::stages> ring;
+    for (Tiles tiles(args); tiles.next();) {
+        const int token = tiles.corner().token;
+        const Segment slabs = tiles.slabs();
 #pragma unroll 1
-        for (int k = range.begin; k < range.end; ++k) {
-            const u32 full = shared + Place::full + 8 * ring.stage, x = shared + ring.stage * Place::x_bytes;
-            barrier_wait(shared + Place::empty + 8 * ring.stage, ring.parity ^ 1);
-            barrier_expect(full, Place::x_bytes);
-            copy_box(x, &args.x, k * SLAB_K, token, full);
-            copy_box(x + Place::x_half, &args.x, k * SLAB_K + 64, token, full);
+        for (int k = slabs.begin; k < slabs.end; ++k) {
+            const u32 full = memory.full(ring.stage), target = memory.x(ring.stage);
+            barrier_wait(memory.empty(ring.stage), ring.parity ^ 1);
+            barrier_expect(full, Memory::x_bytes);
+            copy_box(target, &args.x, k * SLAB_K, token, full);
+            copy_box(target + Memory::x_half, &args.x, k * SLAB_K + 64, token, full);
             ring.advance(1);
         }
     }
 }
 
-// What a consumer warpgroup does, and its accumulators.
-struct Consumer {
-    static constexpr int atoms = Tile::tokens < 192 ? 2 : 1;           // of 16 K, decoded together: so many as fit in registers
-    static constexpr int groups = SLAB_K / (16 * atoms);               // of wgmma in a slab
-    static constexpr int sets = 2;                                     // of A registers: one in use by wgmma, one in the making
+// ---- compute, and at the end of a segment finish
 
-    using Scaled = typename Decoder::Scaled;
-
+struct Compute {
     const Args& args;
-    const u32 shared;
-    const int lane, warp, wg_n, wg_k;                                  // warp: in its warpgroup
-    float sums[Tile::row_blocks][Tile::sums];
-    float factor[Tile::row_blocks][2];                                 // of rows g and g + 8
+    const Memory memory;
+    WgmmaTile<Tile, Memory, Decoder, HalfWgmma<Activation>> work;
 
-    __device__ Consumer(const Args& args, u32 shared)
-        : args(args), shared(shared), lane(threadIdx.x % WARP), warp(threadIdx.x / WARP % 4),
-          wg_n(warpgroup_index() % Tile::wgs_n), wg_k(Tile::wgs_k == 1 ? 0 : warpgroup_index() / Tile::wgs_n) {}
+    __device__ Compute(const Args& args, Memory memory) : args(args), memory(memory), work(memory) {}
 
     __device__ void run() {
-        Ring ring;
-        for (Segments all = segments_of(args); all.next();) {
-            const Segment range = all.now.part(static_cast<int>(cluster_rank()), Tile::cluster);
-            const Corner corner(args, all.now.tile);
-            load_factors(corner.row_block);
-            multiply(ring, range.end - range.begin);
-            finish(all, corner);
+        Ring<Tile::stages> ring;
+        for (Tiles tiles(args); tiles.next();) {
+            const Segment slabs = tiles.slabs();
+            const Corner corner = tiles.corner();
+            work.load_factors(Weights<Args>{args, args.schedule.steps}, corner.row_block);
+            work.multiply(ring, slabs.end - slabs.begin);
+            finish(tiles, corner);
         }
     }
 
 private:
-    __device__ void release(int stage) {
-        barrier_arrive_if(lane == 0 && stage >= 0, shared + Place::empty + 8 * stage);
-    }
-
-    __device__ void load_factors(int row_block) {
-        const i64 first = args.stack.number() * args.slabs_n * SLAB_N;
+    __device__ void finish(const Tiles& tiles, const Corner& corner) {
+        Exchange<Tile, Memory> exchange{memory, work.me, work.sums};
+        wait_for_previous_kernel();
+        if (Tile::wgs_k > 1 && !exchange.add_k_groups()) return;
+        if (Tile::cluster > 1 && !exchange.add_cluster()) return;
+        if (tiles.is_shared() && !exchange.add_blocks(args, tiles)) return;
 #pragma unroll
         for (int r = 0; r < Tile::row_blocks; ++r) {
-            const int block = row_block + wg_n * Tile::row_blocks + r;
-#pragma unroll
-            for (int i = 0; i < 2; ++i)
-                factor[r][i] = Scaled::needs_factors && block < args.slabs_n
-                                   ? (args.factors + first)[SLAB_N * block + 16 * warp + lane / 4 + 8 * i]
-                                   : 1.0f;
-        }
-    }
-
-    // This K group's share of `count` stages.
-    __device__ void multiply(Ring& ring, int count) {
-#pragma unroll
-        for (int r = 0; r < Tile::row_blocks; ++r)
-#pragma unroll
-            for (int i = 0; i < Tile::sums; ++i) sums[r][i] = 0.0f;
-
-        u32 a[sets][Tile::row_blocks][atoms][4];
-        LaneCodes<SLAB_ATOMS> codes[Tile::row_blocks];
-        Scaled scaled[Tile::row_blocks];
-        int before = -1;  // the stage whose last products may be under way
-        const int skip = (wg_k + Tile::wgs_k - ring.stage % Tile::wgs_k) % Tile::wgs_k;
-        Ring mine = ring;
-        mine.advance(skip);
-        for (int i = skip; i < count; i += Tile::wgs_k) {
-            barrier_wait(shared + Place::full + 8 * mine.stage, mine.parity);
-            const u64 x = wgmma_descriptor(uniform(shared + mine.stage * Place::x_bytes));
-            const u32 slab = shared + Place::weights + mine.stage * Place::weight_bytes +
-                             wg_n * Tile::row_blocks * Slab::slab_bytes + warp / 2 * Slab::half_bytes;
-#pragma unroll
-            for (int group = 0; group < groups; ++group) {
-                const int set = group % sets;
-#pragma unroll
-                for (int j = 0; j < atoms; ++j)
-#pragma unroll
-                    for (int r = 0; r < Tile::row_blocks; ++r)
-                        decode(a[set][r][j], codes[r], scaled[r], factor[r], slab + r * Slab::slab_bytes, group * atoms + j);
-                wgmma_fence();
-#pragma unroll
-                for (int r = 0; r < Tile::row_blocks; ++r)
-#pragma unroll
-                    for (int j = 0; j < atoms; ++j)
-#pragma unroll
-                        for (int piece = 0; piece < Tile::pieces; ++piece)
-                            wgmma<Activation, Tile::piece>(sums[r] + piece * Tile::piece / 2, a[set][r][j],
-                                                           x + (x_offset(group * atoms + j, piece) >> 4));
-                wgmma_commit();
-                wgmma_wait<sets - 1>();
-                if (group == sets - 2) release(before);
-            }
-            before = mine.stage;
-            mine.advance(Tile::wgs_k);
-        }
-        wgmma_wait<0>();
-#pragma unroll
-        for (int r = 0; r < Tile::row_blocks; ++r)
-#pragma unroll
-            for (int i = 0; i < Tile::sums; ++i) asm volatile("" : "+f"(sums[r][i])::"memory");
-        release(before);
-        ring.advance_far(count);
-    }
-
-    static __device__ constexpr int x_offset(int atom, int piece) {
-        return atom / 4 * Place::x_half + atom % 4 * 32 + piece * Tile::piece * 128;
-    }
-
-    // The A fragment of 16 rows x 16 K of a slab, times its scales. Codes and scales are loaded where theirs begin.
-    __device__ void decode(u32 (&a)[4], LaneCodes<SLAB_ATOMS>& codes, Scaled& scaled, const float (&factor)[2], u32 half_slab, int atom) const {
-        const SharedBytes half{half_slab};
-        codes.load(half, warp % 2, atom, atom, lane);
-        if (atom * 16 % Slab::granule == 0) {
-            const Parameters<SharedBytes> parameters{half, atom * 16 / Slab::granule, warp % 2, lane};
-            const auto scale = parameters.scale();
-            scaled = Scaled(Decoder::group(parameters), scale.of(0) * factor[0], scale.of(1) * factor[1]);
-        }
-        codes.keep(atom);
-        scaled.decode(a, Atom<SLAB_ATOMS>{codes, atom}, shared + Place::table);
-#pragma unroll
-        for (int i = 0; i < 4; ++i) pin(a[i]);
-    }
-
-    // ---- the end of a segment
-
-    __device__ void finish(const Segments& all, const Corner& corner) {
-        wait_for_previous_kernel();
-        if (Tile::wgs_k > 1 && !add_k_groups()) return;
-        if (Tile::cluster > 1 && !add_cluster()) return;
-        if (all.is_shared() && !add_blocks(all)) return;
-#pragma unroll
-        for (int r = 0; r < Tile::row_blocks; ++r)
-            store(sums[r], factor[r], SLAB_N * (corner.row_block + wg_n * Tile::row_blocks + r), corner.token);
-    }
-
-    // Where this thread's accumulators lie in a share of the tile, and the i-th four of row block r from there:
-    // neighbours side by side.
-    __device__ int share_offset() const {
-        return (wg_n * Tile::row_blocks * quads_per_block * 4 * WARP + warp * WARP + lane) * 16;
-    }
-    static constexpr int quads_per_block = Tile::sums / 4;
-    static __device__ constexpr int quad_offset(int r, int i) { return (r * quads_per_block + i) * 4 * WARP * 16; }
-
-    __device__ void put(float* at, const float* s) const {
-        *reinterpret_cast<float4*>(at) = {s[0], s[1], s[2], s[3]};
-    }
-
-    static __device__ void add(float* s, const float4& other) {
-        s[0] += other.x, s[1] += other.y, s[2] += other.z, s[3] += other.w;
-    }
-
-    template <class Visit>
-    static __device__ void each_quad(Visit visit) {
-#pragma unroll
-        for (int r = 0; r < Tile::row_blocks; ++r)
-#pragma unroll
-            for (int i = 0; i < quads_per_block; ++i) visit(r, i);
-    }
-
-    // Adds what others have left in shared memory, one after the other.
-    template <int OTHERS>
-    __device__ void add_shares(u32 shares) {
-#pragma unroll
-        for (int other = 0; other < OTHERS; ++other)
-            each_quad([&](int r, int i) {
-                const Vec4 v = load_shared_vec4(shares + other * Place::share_bytes + share_offset() + quad_offset(r, i));
-#pragma unroll
-                for (int j = 0; j < 4; ++j) sums[r][4 * i + j] += __uint_as_float(v.word[j]);
-            });
-    }
-
-    // Adds the K groups up in the first one; false for the others.
-    __device__ bool add_k_groups() {
-        const u32 shares = shared + Place::k_shares;
-        barrier_sync(CONSUMERS, Tile::consumers);  // the segment before has been read
-        if (wg_k > 0)
-            each_quad([&](int r, int i) {
-                const float* s = sums[r] + 4 * i;
-                store_shared_vec4(shares + (wg_k - 1) * Place::share_bytes + share_offset() + quad_offset(r, i),
-                                  {__float_as_uint(s[0]), __float_as_uint(s[1]), __float_as_uint(s[2]), __float_as_uint(s[3])});
-            });
-        barrier_sync(CONSUMERS, Tile::consumers);
-        if (wg_k > 0) return false;
-        add_shares<Tile::wgs_k - 1>(shares);
-        return true;
-    }
-
-    // Adds the blocks of the cluster up in the first one; false for the others. Where they are to overwrite its stages, the
-    // first one says when they may.
-    __device__ bool add_cluster() {
-        const int rank = static_cast<int>(cluster_rank());
-        const u32 shares = shared + Place::cluster_shares, arrived = shared + Place::arrived;
-        if (rank > 0) {
-            if (Place::lends_stages)
-                barrier_wait_cluster(arrived, 0);
-            else
-                cluster_wait();  // the first block has started
-            const u32 remote = cluster_address(shares + (rank - 1) * Place::share_bytes + share_offset(), 0);
-            const u32 barrier = cluster_address(arrived, 0);
-            each_quad([&](int r, int i) {
-                const float* s = sums[r] + 4 * i;
-                store_cluster_async(remote + quad_offset(r, i), {s[0], s[1], s[2], s[3]}, barrier);
-            });
-            return false;
-        }
-        if (Place::lends_stages) {
-            cluster_wait();  // the others have started
-            barrier_arrive_remote_if(lane > 0 && lane < Tile::cluster, cluster_address(arrived, lane % Tile::cluster));
-        }
-        barrier_wait(arrived, 0);
-        add_shares<Tile::cluster - 1>(shares);
-        return true;
-    }
-
-    // Blocks that share a tile leave their parts in global memory; the last to arrive adds them up in block order.
-    // The counter releases and acquires for all threads, which the barriers before and after it order.
-    __device__ bool add_blocks(const Segments& all) {
-        constexpr int threads = 4 * WARP * Tile::wgs_n;
-        u8* const partials = reinterpret_cast<u8*>(args.partials);
-        const auto part = [&](int block) {
-            return partials + static_cast<i64>(all.slot(block)) * Place::share_bytes + share_offset();
-        };
-        u8* const own = part(all.block);
-        each_quad([&](int r, int i) { put(reinterpret_cast<float*>(own + quad_offset(r, i)), sums[r] + 4 * i); });
-        barrier_sync(FIRST_K_GROUP, threads);
-        const int first = all.first_block(), last = all.last_block();
-        const u32 flag = shared + Place::arrived + 8;
-        if (threadIdx.x == 0) store_shared(flag, increment_wrapping(args.counters + all.shared_tile(), last - first));
-        barrier_sync(FIRST_K_GROUP, threads);
-        const bool is_last = load_shared(flag) == static_cast<u32>(last - first);
-        barrier_sync(FIRST_K_GROUP, threads);  // read before it is written for the next segment
-        if (!is_last) return false;
-        // This block's own part is read back too: it has its place in the order, and registers for a second sum do not exist.
-        constexpr int batch = quads_per_block % 8 == 0 ? 8 : quads_per_block % 4 == 0 ? 4 : 2;  // loads under way
-        each_quad([&](int r, int i) {
-#pragma unroll
-            for (int j = 0; j < 4; ++j) sums[r][4 * i + j] = 0.0f;
-        });
-        for (int block = first; block <= last; ++block) {
-            const u8* const other = part(block);
-#pragma unroll
-            for (int r = 0; r < Tile::row_blocks; ++r)
-#pragma unroll
-                for (int i = 0; i < quads_per_block; i += batch) {
-                    float4 v[batch];
-#pragma unroll
-                    for (int j = 0; j < batch; ++j)
-                        v[j] = load_global_l2(reinterpret_cast<const float4*>(other + quad_offset(r, i + j)));
-#pragma unroll
-                    for (int j = 0; j < batch; ++j) add(sums[r] + 4 * (i + j), v[j]);
-                }
-        }
-        return true;
-    }
-
-    // A row block, turned over 16 tokens at a time: y wants a token's outputs side by side, and the warps' outputs too, so
-    // that a store is whole cache lines. Two buffers take turns: at the barrier between, all have read the other one.
-    __device__ void store(const float* s, const float (&factor)[2], int row, int token) const {
-        constexpr int pitch = 2 * SLAB_N;  // 16-byte chunks of a token, swizzled against bank conflicts
-        const u32 turn = shared + Place::turn + wg_n * 2 * Place::turn_bytes;
-        const int from = lane / 16 * 8 + lane % 8, to = 4 * warp + lane / 8;  // token in the buffer
-        const u32 put = turn + from * pitch + ((2 * warp + lane / 8 % 2) ^ (from % 8)) * 16;
-        const u32 get = turn + to * pitch + ((lane % 8) ^ (to % 8)) * 16;
-        float bias[2] = {0.0f, 0.0f};
-        const float undo[2] = {Scaled::undo(factor[0]), Scaled::undo(factor[1])};
-        if (args.bias) {
-#pragma unroll
-            for (int i = 0; i < 2; ++i) {
-                const int mine = row + 16 * warp + lane / 4 + 8 * i;
-                if (mine < args.N) bias[i] = Activation::to_float(args.bias[mine]);
-            }
-        }
-        const int my_row = row + lane % 8 * 8;
-        barrier_sync(STORE + wg_n, 4 * WARP);  // the row block before has been read
-#pragma unroll
-        for (int t = 0; t < Tile::tokens / 16; ++t) {
-            if (token + 16 * t >= args.M) break;
-            Vec4 pairs;
-#pragma unroll
-            for (int i = 0; i < 4; ++i)
-                pairs.word[i] = Activation::pack(s[8 * t + 2 * i] * undo[i % 2] + bias[i % 2],
-                                                 s[8 * t + 2 * i + 1] * undo[i % 2] + bias[i % 2]);
-            store_matrix_x4_turned(put + t % 2 * Place::turn_bytes, pairs);
-            barrier_sync(STORE + wg_n, 4 * WARP);
-            const int my_token = token + 16 * t + to;
-            if (my_token >= args.M) continue;
-            const Vec4 out = load_shared_vec4(get + t % 2 * Place::turn_bytes);
-            u16* y = args.y + my_token * args.y_stride + my_row;
-            if (args.y_vector && my_row + 8 <= args.N) {
-                *reinterpret_cast<Vec4*>(y) = out;
-                continue;
-            }
-#pragma unroll
-            for (int i = 0; i < 8; ++i)
-                if (my_row + i < args.N) y[i] = static_cast<u16>(out.word[i / 2] >> (i % 2 * 16));
+            const float undo[2] = {work.undo(r, 0), work.undo(r, 1)};
+            Output::store(args, work.me, memory.turn(work.me.wg_n), work.sums[r], undo,
+                          SLAB_N * (corner.row_block + work.me.wg_n * Tile::row_blocks + r), corner.token);
         }
     }
 };
 
 extern "C" __global__ void __cluster_dims__(Config::cluster) __launch_bounds__(Tile::threads, 1)
     gemm(const __grid_constant__ Args args) {
-    extern __shared__ __align__(1024) u8 memory[];
-    const u32 shared = shared_address(memory);
+    extern __shared__ __align__(1024) u8 shared[];
+    const Memory memory{shared_address(shared)};
     allow_next_kernel();
 
-    // The first weights are on their way before the other warps have met.
+    // The first weights are on their way before the other warps have met: the warp that copies them sets the barriers up,
+    // and does not wait for anybody.
     const bool copies_weights = threadIdx.x / WARP == Tile::consumers / WARP;
     if (threadIdx.x == Tile::consumers) {
         for (int stage = 0; stage < Tile::stages; ++stage) {
-            barrier_init(shared + Place::full + 8 * stage, 2);
-            barrier_init(shared + Place::empty + 8 * stage, 4 * Tile::wgs_n);
+            barrier_init(memory.full(stage), 2);
+            barrier_init(memory.empty(stage), 4 * Tile::wgs_n);
         }
         const bool adds = cluster_rank() == 0;
-        barrier_init(shared + Place::arrived, adds ? 1 : 4 * Tile::wgs_n);
-        if (Tile::cluster > 1 && adds) barrier_expect(shared + Place::arrived, (Tile::cluster - 1) * Place::share_bytes);
+        barrier_init(memory.arrived(), adds ? 1 : 4 * Tile::wgs_n);
+        if (Tile::cluster > 1 && adds) barrier_expect(memory.arrived(), Memory::cluster_bytes);
         barrier_init_fence();
     } else if (threadIdx.x == Tile::consumers + WARP) {
         prefetch_map(&args.x);
@@ -493,17 +250,17 @@ extern "C" __global__ void __cluster_dims__(Config::cluster) __launch_bounds__(T
     if (copies_weights) {
         barrier_arrive_only(ALL, Tile::threads);
     } else {
-        if (threadIdx.x < Tile::consumers) Decoder::fill_table(shared + Place::table, threadIdx.x, Tile::consumers);
+        if (threadIdx.x < Tile::consumers) Decoder::fill_table(memory.table(), threadIdx.x, Tile::consumers);
         barrier_sync(ALL, Tile::threads);
     }
 
     if (warpgroup_index() == Tile::wgs_n * Tile::wgs_k) {
         warpgroup_give_registers<Config::producer_registers>();
         const int role = static_cast<int>(uniform(threadIdx.x / WARP)) - Tile::consumers / WARP;
-        if (role == 0 && elect_lane()) produce_weights(args, shared);
-        if (role == 1 && elect_lane()) produce_x(args, shared);
+        if (role == 0 && elect_lane()) load_weights(args, memory);
+        if (role == 1 && elect_lane()) load_x(args, memory);
     } else {
         warpgroup_take_registers<Config::consumer_registers>();
-        Consumer(args, shared).run();
+        Compute(args, memory).run();
     }
 }

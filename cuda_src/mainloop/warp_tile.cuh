@@ -7,16 +7,15 @@
 // join `sums` at once: fewer registers and instructions for many tokens.
 #pragma once
 #include "layout.cuh"
-#include "mainloop/pipeline.cuh"
-#include "ptx/mma.cuh"
+#include "mainloop/mma.cuh"
 #include "ptx/shared_memory.cuh"
 
 // Place says where weights and x lie in what step() is given.
-template <class Tile, class Place, class Codec, class T>
+template <class Tile, class Place, class Codec, class Mma>
 struct WarpTile {
     static constexpr int row_atoms = Tile::row_atoms;
     static constexpr int token_tiles = Tile::token_tiles;
-    static constexpr int granule_atoms = Slab::granule / 16;
+    static constexpr int granule_atoms = Slab::granule / Mma::k;
     static constexpr bool scale_weights = Tile::scale_weights || !Slab::has_scale;  // or sums, granule by granule
     static_assert(token_tiles == 1 || token_tiles % 2 == 0, "ldmatrix brings two");
 
@@ -74,11 +73,10 @@ struct WarpTile {
             const int atom = k_atom + a;  // k_atom is a multiple of the atoms of a 16-byte load, and of k_atoms
             const bool opens = a == 0 || a % granule_atoms == 0;
             const bool closes = a + 1 == Tile::k_atoms || (a + 1) % granule_atoms == 0;
-            const int in_slab = atom % SLAB_ATOMS;
 
 #pragma unroll
             for (int r = 0; r < row_atoms; ++r)
-                codes[r].load(half_of(weights, row_atom + r, atom), (row_atom + r) % 2, a, in_slab, lane);
+                codes[r].load(half_of(weights, row_atom + r, atom), (row_atom + r) % 2, a, atom % slab_atoms, lane);
             if (opens) {
 #pragma unroll
                 for (int r = 0; r < row_atoms; ++r) {
@@ -91,14 +89,14 @@ struct WarpTile {
                 }
             }
 
-            if (token_tiles > 1 || a % 2 == 0) load_tokens(b, x, token, atom, lane);
+            if (token_tiles > 1 || a % 2 == 0) Mma::template load<Place, token_tiles == 1>(b, x, token, atom);
             const int lone = token_tiles == 1 ? a % 2 : 0;
             if (Products::needs_sums_of_x && !scale_weights) {
                 const u32 ones[4] = {Products::one, Products::one, Products::one, Products::one};
 #pragma unroll
                 for (int t = 0; t < token_tiles; ++t) {
                     if (opens) clear(sums_of_x[t]);
-                    mma<T>(sums_of_x[t], ones, b[t + lone][0], b[t + lone][1]);
+                    Mma::multiply(sums_of_x[t], ones, b[t + lone]);
                 }
             }
 #pragma unroll
@@ -112,7 +110,7 @@ struct WarpTile {
 #pragma unroll
                 for (int t = 0; t < token_tiles; ++t) {
                     if (opens && !scale_weights) clear(partial[r][t]);
-                    mma<T>(scale_weights ? sums[r][t] : partial[r][t], decoded, b[t + lone][0], b[t + lone][1]);
+                    Mma::multiply(scale_weights ? sums[r][t] : partial[r][t], decoded, b[t + lone]);
                 }
             }
 
@@ -136,26 +134,15 @@ private:
         for (int i = 0; i < 4; ++i) values[i] = 0.0f;
     }
 
+    static constexpr int slab_atoms = SLAB_K / Mma::k;
+
     static __device__ SharedBytes half_of(u32 weights, int row_atom, int atom) {
-        return {weights + Place::half(row_atom / 2, atom / SLAB_ATOMS)};
+        return {weights + Place::half(row_atom / 2, atom / slab_atoms)};
     }
 
+    // Of the granule that `atom` lies in.
     static __device__ Parameters<SharedBytes> parameters_of(u32 weights, int row_atom, int atom, int lane) {
-        return {half_of(weights, row_atom, atom), atom % SLAB_ATOMS * 16 / Slab::granule, row_atom % 2, lane};
-    }
-
-    // B fragments: of an atom for all token tiles, one ldmatrix.x4 for two of them; of a lone tile for two atoms.
-    template <int count>
-    static __device__ void load_tokens(u32 (&b)[count][2], u32 x, int token, int atom, int lane) {
-        const int matrix = lane / 8, row = lane % 8;
-#pragma unroll
-        for (int t = 0; t < count; t += 2) {
-            const int tile = token_tiles == 1 ? 0 : t + matrix / 2, chunk = 2 * atom + (token_tiles == 1 ? matrix : matrix % 2);
-            const Vec4 v = load_matrix_x4(x + Place::token_chunk(token + 8 * tile + row, chunk));
-            b[t][0] = v.word[0];
-            b[t][1] = v.word[1];
-            b[t + 1][0] = v.word[2];
-            b[t + 1][1] = v.word[3];
-        }
+        const int k_granule = atom % slab_atoms * Mma::k / Slab::granule;
+        return {half_of(weights, row_atom, atom), k_granule, row_atom % 2, lane};
     }
 };

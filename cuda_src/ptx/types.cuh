@@ -19,6 +19,9 @@ struct alignas(16) Vec4 {
 __device__ inline void pin(u32& value) {
     asm volatile("" : "+r"(value)::"memory");
 }
+__device__ inline void pin(float& value) {
+    asm volatile("" : "+f"(value)::"memory");
+}
 
 // Of a power of two that is a normal number, as is the result; exact, and no division.
 __device__ inline float inverse_power(float power) {
