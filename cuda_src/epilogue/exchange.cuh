@@ -64,7 +64,7 @@ struct Exchange {
             cluster_wait();  // the others have started
             barrier_arrive_remote_if(me.lane > 0 && me.lane < Tile::cluster, cluster_address(arrived, me.lane % Tile::cluster));
         }
-        barrier_wait(arrived, 0);
+        barrier_wait_cluster(arrived, 0);
 #pragma unroll
         for (int other = 0; other < Tile::cluster - 1; ++other) add_share(memory.cluster_share(other));
         return true;

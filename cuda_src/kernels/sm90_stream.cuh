@@ -224,6 +224,9 @@ extern "C" __global__ void __cluster_dims__(Config::cluster) __launch_bounds__(T
         for (int i = 0; i < share.per_tile; ++i) {
             barrier_wait(slots.barrier(slot), parity);
             work.step(slots.weights(slot), slots.x(slot), table, 0, 0, 0, [] {});
+            // Loads of the slot have ended in all lanes where their products are in the sums: it may be overwritten then. A load
+            // that has only been issued may still read what the copy writes. tests/test_machine_order.py reads the machine code.
+            work.pin_sums();
             __syncwarp();
             copy.both(slot, next);
             next.advance(share);

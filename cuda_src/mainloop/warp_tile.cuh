@@ -57,6 +57,16 @@ struct WarpTile {
             for (int t = 0; t < token_tiles; ++t) clear(sums[r][t]);
     }
 
+    // Keeps all products of the steps before, and so all loads that they need, ahead of what follows.
+    __device__ void pin_sums() {
+#pragma unroll
+        for (int r = 0; r < row_atoms; ++r)
+#pragma unroll
+            for (int t = 0; t < token_tiles; ++t)
+#pragma unroll
+                for (int i = 0; i < 4; ++i) pin(sums[r][t][i]);
+    }
+
     // `row_atom`, `token`, `k_atom`: where this warp's share starts in the tile. `meanwhile` is called once while the
     // first products are under way.
     template <class Meanwhile>
