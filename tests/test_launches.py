@@ -14,6 +14,7 @@ from marlin_cupy.device import Device
 from marlin_cupy.frameworks import StreamFramework
 from marlin_cupy.jit import launch, tensor_map
 from marlin_cupy.kernels import Problem, sm80_gemm, sm90_stream, sm90_wgmma
+from marlin_cupy.kernels.arguments import Struct
 from marlin_cupy.kernels.cuda import CudaConfiguration, CudaKernel
 from marlin_cupy.kernels.operands import Rows
 from marlin_cupy.layout import SLAB_K
@@ -23,7 +24,19 @@ H200 = GPUS["sm_90a"]
 K = 4096
 STREAM, WEIGHT, FACTORS, COUNTERS, ALLOCATED = 77, 512, 256, 8000, 4096
 #: Where the number of a weight in a stack is, and how many there are.
-STACK = (1 << 42, 7)
+STACK = {"stack.layer": 1 << 42, "stack.layers": 7}
+
+
+def map_of(pointer: int, shape: tuple[int, int], box: tuple[int, int]) -> bytes:
+    return struct.pack("=5q", pointer, *shape, *box).ljust(128, b"\0")
+
+
+def told(arguments: type[Struct], raw: bytes) -> dict[str, Any]:
+    """The values that a kernel finds, by name: those of which it has been asserted that C++ has them there."""
+    assert len(raw) == arguments.size
+    return {
+        name: struct.unpack_from(f"={place.code}", raw, place.offset)[0] for name, place in arguments.places.items()
+    }
 
 
 class Memory(StreamFramework):
@@ -89,14 +102,14 @@ class Launches:
             pointer=WEIGHT,
             factors_pointer=FACTORS,
             writes=writes.Writes(),
-            stack=STACK,
+            stack=tuple(STACK.values()),
         )
 
     def of_matrix(self, pointer: int, dtype: str, shape: tuple[int, int], stride: int, box: tuple[int, int]) -> bytes:
         assert dtype == "float16"
         assert pointer % 16 == 0
         assert shape[0] == 1 or (stride % 8 == 0 and stride >= shape[1])
-        return struct.pack("=5q", pointer, *shape, *box).ljust(128, b"\0")
+        return map_of(pointer, shape, box)
 
     def load(self, name: str, source: str, arch: str, device: int, entry: str, *shared_bytes: int) -> Any:
         self.loaded.append((name, source, arch, device, entry, *shared_bytes))
@@ -139,13 +152,17 @@ def test_sm80_gemm_is_told_where_everything_is(monkeypatch: pytest.MonkeyPatch, 
     assert given.multiply_twice().shape == (M, N)
     for second, (kind, stream, blocks, threads, raw, _) in enumerate(given.log):
         assert (kind, stream, blocks, threads) == ("plain", STREAM, grid.blocks, config.threads)
-        assert struct.unpack("=7Q2q9i4xQi4x", raw) == (
-            *(WEIGHT, FACTORS, 1024, 6 if second else 0, 4098 if second else ALLOCATED),
-            *((ALLOCATED, COUNTERS + grid.tiles) if grid.is_cut else (0, 0)),
-            *(K + 8 if second else K, N + 1 if second else N),
-            *(M, N, K, -(-N // 64), K // SLAB_K, grid.tiles_m, grid.tiles),
-            *(True, not second and N % 4 == 0, *STACK),
-        )
+        assert told(sm80_gemm.Args, raw) == {
+            **{"weight": WEIGHT, "factors": FACTORS, "x": 1024, "bias": 6 if second else 0},
+            **{"y": 4098 if second else ALLOCATED},
+            "partials": ALLOCATED if grid.is_cut else 0,
+            "counters": COUNTERS + grid.tiles if grid.is_cut else 0,
+            **{"x_stride": K + 8 if second else K, "y_stride": N + 1 if second else N},
+            **{"M": M, "N": N, "K": K, "slabs_n": -(-N // 64), "slabs_k": K // SLAB_K},
+            **{"tiles_m": grid.tiles_m, "tiles": grid.tiles},
+            **{"x_vector": True, "y_vector": not second and N % 4 == 0},
+            **STACK,
+        }
 
 
 @pytest.mark.parametrize("number", range(3))
@@ -159,12 +176,14 @@ def test_sm90_stream_is_told_where_everything_is(monkeypatch: pytest.MonkeyPatch
     for second, (kind, stream, blocks, threads, raw, shared) in enumerate(given.log):
         assert (kind, shared) == (("plain", 0) if second else ("dependent", asked))
         assert (stream, blocks, threads) == (STREAM, clusters * config.cluster, config.threads)
-        assert struct.unpack_from("=5q", raw) == (1024, M, K, M, 64)
-        assert struct.unpack_from("=3Qq7i4xQi", raw, 128) == (
-            *(WEIGHT, 6 if second else 0, 4098 if second else ALLOCATED),
-            *(N + 1 if second else N, M, N, tiles, K // SLAB_K, -(-tiles // clusters)),
-            *(not second and (N % 4 == 0 or M == 1), not second, *STACK),
-        )
+        assert told(sm90_stream.Args, raw) == {
+            "x": map_of(1024, (M, K), (M, 64)),
+            **{"weight": WEIGHT, "bias": 6 if second else 0, "y": 4098 if second else ALLOCATED},
+            **{"y_stride": N + 1 if second else N, "M": M, "N": N},
+            **{"tiles_n": tiles, "slabs_k": K // SLAB_K, "rounds": -(-tiles // clusters)},
+            **{"y_vector": not second and (N % 4 == 0 or M == 1), "dependent": not second},
+            **STACK,
+        }
 
 
 @pytest.mark.parametrize("number", range(6))
@@ -178,14 +197,19 @@ def test_sm90_wgmma_is_told_where_everything_is(monkeypatch: pytest.MonkeyPatch,
     for second, (kind, stream, blocks, threads, raw, _) in enumerate(given.log):
         assert kind == ("plain" if second else "dependent")
         assert (stream, blocks, threads) == (STREAM, grid.blocks * config.cluster, config.threads)
-        assert struct.unpack_from("=5q", raw) == (1024, M, K, config.tokens, 64)
-        assert struct.unpack_from("=6Qq12iQi", raw, 128) == (
-            *(WEIGHT, FACTORS, 6 if second else 0, 4098 if second else ALLOCATED),
-            *((ALLOCATED, COUNTERS + shared) if shared else (0, 0)),
-            *(N + 1 if second else N, M, N, -(-N // 64)),
-            *(grid.tiles_m, grid.tiles // grid.tiles_m, not second, grid.tiles),
-            *(K // SLAB_K, grid.blocks, grid.whole, *divmod(shared * K // SLAB_K, grid.blocks), *STACK),
-        )
+        stretch, longer = divmod(shared * K // SLAB_K, grid.blocks)
+        assert told(sm90_wgmma.Args, raw) == {
+            "x": map_of(1024, (M, K), (config.tokens, 64)),
+            **{"weight": WEIGHT, "factors": FACTORS, "bias": 6 if second else 0},
+            **{"y": 4098 if second else ALLOCATED},
+            **{"partials": ALLOCATED if shared else 0, "counters": COUNTERS + shared if shared else 0},
+            **{"y_stride": N + 1 if second else N, "M": M, "N": N, "slabs_n": -(-N // 64)},
+            **{"tiles_m": grid.tiles_m, "tiles_n": grid.tiles // grid.tiles_m, "y_vector": not second},
+            **{"schedule.tiles": grid.tiles, "schedule.steps": K // SLAB_K},
+            **{"schedule.blocks": grid.blocks, "schedule.whole": grid.whole},
+            **{"schedule.stretch": stretch, "schedule.longer": longer},
+            **STACK,
+        }
 
 
 @pytest.mark.parametrize(
@@ -212,8 +236,8 @@ def test_x_that_the_copy_engine_cannot_read_goes_to_the_portable_kernel(
         assert given.multiply(pointer, stride).shape == (M, 4096)
         kind, *_, raw, _ = given.log.pop()
         assert kind == "plain"
-        assert struct.unpack_from("=7Q2q9i", raw)[2] == pointer
-        assert struct.unpack_from("=7Q2q9i", raw)[7:10] == (stride, 4096, M)
+        found = told(sm80_gemm.Args, raw)
+        assert (found["x"], found["x_stride"], found["y_stride"], found["M"]) == (pointer, stride, 4096, M)
     first, *others = given.loaded
     assert first[0].startswith(kernel.name)
     assert [other[0] for other in others] == ["sm80_gemm-int4-g128-float16"]  # when it was needed, and once

@@ -6,7 +6,8 @@
 //   |      +------+======+======+------+              Scale        type of the scales
 //   v             |     slabs   |                     GRANULE      K per row of parameters
 //                 v             v                     SHARED_BYTES
-//          dense (N, 128 * slabs), row-major        and includes formats/<format>.cuh for Codec.
+//          dense (N, 128 * slabs), row-major          Args         what it is launched with
+//                                                   and includes formats/<format>.cuh for Codec.
 //
 // Bound by memory: half a byte or one is read per weight, and two are written. A block takes slab after slab, a warp 16
 // of its 64 outputs. Lanes hold pairs of neighbouring K in rows g and g + 8; by way of shared memory they become
@@ -16,15 +17,6 @@
 #pragma once
 #include "layout.cuh"
 #include "ptx/shared_memory.cuh"
-
-struct Args {
-    const u8* weight;  // packed slabs
-    u16* dense;
-    int N;
-    int slabs_k;     // of the weight
-    int first_slab;  // of the run, along K
-    int slabs;       // of the run, along K
-};
 
 constexpr int ROW_BYTES = 2 * SLAB_K + 16;  // in shared memory: rows start in different banks, at multiples of 16 bytes
 

@@ -6,8 +6,8 @@
 //   |      +-------------------+  rows x tokens      Scale        type of the scales
 //   v             x                                  GRANULE      K per row of parameters
 //          +---------+   y is written as             SHARED_BYTES
-//   K  x^T | tokens  |   tokens x rows             and includes formats/<format>.cuh for Codec.
-//          +---------+
+//   K  x^T | tokens  |   tokens x rows               Args         what it is launched with
+//          +---------+                             and includes formats/<format>.cuh for Codec.
 //
 // A block walks its stripe (schedule/stripes.cuh): load stages ahead (mainloop/pipeline.cuh), multiply
 // (mainloop/warp_tile.cuh), and at the end of a tile, or of the stripe, reduce and store (epilogue/store.cuh).
@@ -16,25 +16,6 @@
 #include "epilogue/store.cuh"
 #include "mainloop/warp_tile.cuh"
 #include "schedule/stripes.cuh"
-
-struct Args {
-    const u8* weight;    // packed slabs
-    const float* factors; // of each output, see formats/codec.cuh
-    const u16* x;
-    const u16* bias;     // or null
-    u16* y;
-    float* partials;     // two tiles per block where stripes cut tiles
-    u32* counters;       // one per tile, 0 before and after
-    i64 x_stride;        // elements between tokens
-    i64 y_stride;
-    int M, N, K;
-    int slabs_n, slabs_k;
-    int tiles_m;         // token tiles; row tiles follow from the grid
-    int tiles;           // all output tiles
-    int x_vector;        // token rows start at multiples of 16 bytes
-    int y_vector;        // of 8 bytes
-    Stack stack;
-};
 
 struct Tile : Config {
     static constexpr int threads = WARP * Config::warps_n * Config::warps_m * Config::warps_k;

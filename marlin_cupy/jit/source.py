@@ -41,26 +41,21 @@ def inline(text: str) -> str:
     return "\n".join(expand(text)) + "\n"
 
 
-def specialized(kernel: str, spec: Spec, dtype: str, config: str, shared_bytes: int, stacked: bool = False) -> str:
-    """The complete source of ``cuda_src/kernels/<kernel>.cuh`` for a weight, an activation dtype and a configuration.
+def specialized(kernel: str, *preamble: str) -> str:
+    """The complete source of ``cuda_src/kernels/<kernel>.cuh`` after the lines that say what it is built for."""
+    return inline("\n".join(['#include "ptx/types.cuh"', *preamble, f'#include "kernels/{kernel}.cuh"']))
 
-    Args:
-        config: the C++ struct Config.
-        shared_bytes: dynamic shared memory that the host reserves; the kernel asserts that it needs as much.
-        stacked: for one weight of several, whose number is in device memory.
-    """
+
+def scalar(alias: str, dtype: str) -> str:
+    """The line that names the C++ type of float16 or bfloat16 values."""
+    return f"using {alias} = {_CPP_TYPES[dtype]};"
+
+
+def weight(spec: Spec) -> list[str]:
+    """The lines that say what a packed weight is: Scale, GRANULE, and Codec with its table."""
     layout = spec.layout
-    lines = [
-        '#include "ptx/types.cuh"',
-        config,
-        f"using Activation = {_CPP_TYPES[dtype]};",
-        f"using Scale = {_CPP_TYPES[spec.scale_dtype]};",
-        f"constexpr int GRANULE = {layout.granule};",
-        f"constexpr int SHARED_BYTES = {shared_bytes};",
-        f"constexpr bool STACKED = {str(stacked).lower()};",
-    ]
+    lines = [scalar("Scale", spec.scale_dtype), f"constexpr int GRANULE = {layout.granule};"]
     if layout.format.table is not None:
         values = ", ".join(f"{value!r}f" for value in layout.format.table)
         lines.append(f"__constant__ float FORMAT_TABLE[] = {{{values}}};")
-    lines += [f'#include "formats/{spec.format}.cuh"', f'#include "kernels/{kernel}.cuh"']
-    return inline("\n".join(lines))
+    return [*lines, f'#include "formats/{spec.format}.cuh"']

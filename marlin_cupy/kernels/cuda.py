@@ -11,6 +11,7 @@ from typing import Any, ClassVar, Generic, TypeVar
 from marlin_cupy.device import Gpu
 from marlin_cupy.frameworks import Framework, StreamFramework
 from marlin_cupy.jit import launch, source
+from marlin_cupy.kernels.arguments import Struct
 from marlin_cupy.kernels.operands import Launcher, Rows, Weight
 from marlin_cupy.kernels.problem import Configuration, Kernel, Plan, Problem
 from marlin_cupy.layout import Layout
@@ -113,9 +114,23 @@ class CudaPlan(Plan, Generic[C]):
         """Launch for one row of x or more; ``bias`` is an address, 0 where there is none."""
 
 
+def preamble(spec: Spec, dtype: str, config: Block, arguments: type[Struct], stacked: bool = False) -> list[str]:
+    """The lines of C++ that say what a kernel is built for."""
+    return [
+        config.cpp(),
+        source.scalar("Activation", dtype),
+        *source.weight(spec),
+        f"constexpr int SHARED_BYTES = {config.shared_bytes(spec.layout)};",
+        f"constexpr bool STACKED = {str(stacked).lower()};",
+        *arguments.cpp(),
+    ]
+
+
 class CudaKernel(Kernel):
     """A kernel whose configurations are :class:`CudaConfiguration`."""
 
+    #: What it is launched with.
+    arguments: ClassVar[type[Struct]]
     #: Its plan.
     plan_type: ClassVar[type[CudaPlan[Any]]]
 
@@ -125,7 +140,7 @@ class CudaKernel(Kernel):
         The name is that of a readable file, to which the cache adds a hash; the source is complete.
         """
         name = f"{self.name}-{spec.format}-g{spec.layout.granule}-{dtype}"
-        return name, source.specialized(self.name, spec, dtype, config.cpp(), config.shared_bytes(spec.layout), stacked)
+        return name, source.specialized(self.name, *preamble(spec, dtype, config, self.arguments, stacked))
 
     def source(self, problem: Problem, configuration: Configuration) -> tuple[str, str]:
         """(name, source) for its block."""

@@ -6,22 +6,19 @@ A dense copy of a whole weight is never made: :func:`runs` cuts K so that each p
 from __future__ import annotations
 
 import functools
-import struct
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Annotated, Any
 
 from marlin_cupy.device import Gpu, gpu
 from marlin_cupy.frameworks import StreamFramework
 from marlin_cupy.jit import launch, source
-from marlin_cupy.kernels.cuda import Block
+from marlin_cupy.kernels.arguments import Int, Struct, pointer
+from marlin_cupy.kernels.cuda import Block, preamble
 from marlin_cupy.kernels.operands import Weight
 from marlin_cupy.layout import SLAB_K, SLAB_N, Layout
 from marlin_cupy.spec import Spec
 
-#: struct Args of the twin: two pointers, four ints.
-_ARGS = struct.Struct("=2Q4i")
-_ARGUMENTS = launch.ArgumentBlock(_ARGS.size)
 #: Bytes of a dense run, where a single slab of K does not take more.
 _RUN_BYTES = 64 << 20
 _BLOCKS_PER_SM = 8
@@ -39,7 +36,19 @@ class Slabs(Block):
         return layout.format.table_bytes + SLAB_N * (2 * SLAB_K + 16)
 
 
+class Args(Struct):
+    """What the kernel is launched with."""
+
+    weight: Annotated[int, pointer("const u8"), "packed slabs"]
+    dense: Annotated[int, pointer("u16")]
+    N: Int
+    slabs_k: Annotated[Int, "of the weight"]
+    first_slab: Annotated[Int, "of the run, along K"]
+    slabs: Annotated[Int, "of the run, along K"]
+
+
 _CONFIG = Slabs()
+_ARGUMENTS = launch.ArgumentBlock(Args.size)
 
 
 def runs(spec: Spec) -> Iterator[range]:
@@ -53,7 +62,7 @@ def runs(spec: Spec) -> Iterator[range]:
 def variant(spec: Spec, dtype: str) -> tuple[str, str]:
     """(name, source) for weights like those of ``spec``, as an array of ``dtype``."""
     name = f"{_NAME}-{spec.format}-g{spec.layout.granule}-{dtype}"
-    return name, source.specialized(_NAME, spec, dtype, _CONFIG.cpp(), _CONFIG.shared_bytes(spec.layout))
+    return name, source.specialized(_NAME, *preamble(spec, dtype, _CONFIG, Args))
 
 
 @functools.cache
@@ -75,6 +84,6 @@ def dense(framework: StreamFramework, w: Weight, spec: Spec, dtype: str, run: ra
 def enqueue(stream: int, packed: int, array: int, spec: Spec, dtype: str, run: range, on: Gpu) -> None:
     """:func:`dense` between two addresses, padding included: ``array`` has SLAB_K * len(run) columns."""
     slabs_n, slabs_k, _ = spec.layout.packed_shape
-    _ARGS.pack_into(_ARGUMENTS.data, 0, packed, array, spec.shape[1], slabs_k, run.start, len(run))
+    Args.packer.pack_into(_ARGUMENTS.data, 0, packed, array, spec.shape[1], slabs_k, run.start, len(run))
     blocks = min(slabs_n * len(run), on.sm_count * _BLOCKS_PER_SM)
     load(spec, dtype, on).launch(blocks, _CONFIG.threads, stream, _ARGUMENTS)

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple, Protocol
+from typing import Annotated, Any, NamedTuple, Protocol
 
 from marlin_cupy.device import Device
 from marlin_cupy.frameworks import StreamFramework
 from marlin_cupy.jit import launch
+from marlin_cupy.kernels.arguments import Int, Struct, pointer
 from marlin_cupy.writes import Writes
 
 
@@ -34,16 +35,11 @@ class Rows(NamedTuple):
         return self.pointer % nbytes == 0 and (self.number == 1 or 2 * self.stride % nbytes == 0)
 
 
-class Stack(NamedTuple):
-    """Which weight of several in one array is meant.
+class Stack(Struct, header="layout.cuh"):
+    """Which weight of several in one array is multiplied: in the arguments of kernels that are built for it."""
 
-    Attributes:
-        layer: device address of its number, int32; 0 where there is one weight.
-        layers: how many there are.
-    """
-
-    layer: int = 0
-    layers: int = 1
+    layer: Annotated[int, pointer("const int"), "its number, read when the kernel runs; null where there is one weight"]
+    layers: Annotated[Int, "how many there are"]
 
 
 class Weight(Protocol):
@@ -67,7 +63,7 @@ class Weight(Protocol):
 
     @property
     def stack(self) -> tuple[int, int]:
-        """A :class:`Stack` where pointers are to several weights; launches with one must be plain."""
+        """The values of a :class:`Stack`, (0, 1) for one weight; launches with a stack must be plain."""
 
 
 class PackedWeight(NamedTuple):
@@ -77,7 +73,7 @@ class PackedWeight(NamedTuple):
     factors_pointer: int
     device: Device
     writes: Writes
-    stack: tuple[int, int] = Stack()
+    stack: tuple[int, int] = (0, 1)
 
 
 class Launcher(Protocol):

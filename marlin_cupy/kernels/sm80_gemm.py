@@ -3,25 +3,50 @@
 from __future__ import annotations
 
 import dataclasses
-import struct
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Annotated
 
 from marlin_cupy.device import Gpu
 from marlin_cupy.formats.scalars import HALF_DTYPES
 from marlin_cupy.jit import launch
+from marlin_cupy.kernels.arguments import Int, Int64, Struct, pointer
 from marlin_cupy.kernels.costs import DecodeFactors, can_scale, read_us
 from marlin_cupy.kernels.cuda import Block, CudaConfiguration, CudaKernel, CudaPlan, shared_budget
-from marlin_cupy.kernels.operands import Exchange, Launcher, Rows, Weight
+from marlin_cupy.kernels.operands import Exchange, Launcher, Rows, Stack, Weight
 from marlin_cupy.kernels.problem import Candidate, Problem
 from marlin_cupy.layout import HALF_N, SLAB_K, SLAB_N, Layout
 from marlin_cupy.spec import Spec
 
 _MIN_ARCH = 80
-#: struct Args of the twin: seven pointers, two strides, nine ints.
-_ARGS = struct.Struct("=7Q2q9i4xQi4x")
-_ARGUMENTS = launch.ArgumentBlock(_ARGS.size)
 _WARP = 32
+
+
+class Args(Struct):
+    """What the kernel is launched with."""
+
+    weight: Annotated[int, pointer("const u8"), "packed slabs"]
+    factors: Annotated[int, pointer("const float"), "of each output, see formats/codec.cuh"]
+    x: Annotated[int, pointer("const u16")]
+    bias: Annotated[int, pointer("const u16"), "or null"]
+    y: Annotated[int, pointer("u16")]
+    partials: Annotated[int, pointer("float"), "two tiles per block where stripes cut tiles"]
+    counters: Annotated[int, pointer("u32"), "one per tile, 0 before and after"]
+    x_stride: Annotated[Int64, "elements between tokens"]
+    y_stride: Annotated[Int64, "elements between tokens"]
+    M: Int
+    N: Int
+    K: Int
+    slabs_n: Int
+    slabs_k: Int
+    tiles_m: Annotated[Int, "token tiles; row tiles follow from the grid"]
+    tiles: Annotated[Int, "all output tiles"]
+    x_vector: Annotated[Int, "token rows start at multiples of 16 bytes"]
+    y_vector: Annotated[Int, "token rows start at multiples of 8 bytes"]
+    stack: Stack
+
+
+_ARGUMENTS = launch.ArgumentBlock(Args.size)
 
 
 @dataclass(frozen=True)
@@ -260,7 +285,7 @@ class Sm80Plan(CudaPlan[Tiling]):
         floats = self.configuration.exchange_floats
         exchange = Exchange.of(launcher, w.device, stream, floats, grid.tiles if grid.is_cut else 0)
         slabs_n, slabs_k, _ = self.layout.packed_shape
-        _ARGS.pack_into(
+        Args.packer.pack_into(
             _ARGUMENTS.data,
             0,
             w.pointer,
@@ -290,6 +315,7 @@ class Sm80Gemm(CudaKernel):
     """Every shape, format, group size and 16-bit dtype, on sm_80 and later."""
 
     name = "sm80_gemm"
+    arguments = Args
     plan_type = Sm80Plan
 
     def refuses(self, problem: Problem) -> str | None:

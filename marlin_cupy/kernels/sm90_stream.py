@@ -4,30 +4,48 @@ from __future__ import annotations
 
 import functools
 import math
-import struct
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Annotated, ClassVar
 
 from marlin_cupy.device import Gpu
 from marlin_cupy.formats.scalars import HALF_DTYPES
 from marlin_cupy.jit import launch
 from marlin_cupy.kernels import copy_engine
+from marlin_cupy.kernels.arguments import Int, Int64, Struct, TensorMap, pointer
 from marlin_cupy.kernels.copy_engine import CopyEnginePlan
 from marlin_cupy.kernels.costs import DecodeFactors, overlapped_us, read_us
 from marlin_cupy.kernels.cuda import Block, CudaConfiguration, CudaKernel, shared_budget
-from marlin_cupy.kernels.operands import Launcher, Rows, Weight
+from marlin_cupy.kernels.operands import Launcher, Rows, Stack, Weight
 from marlin_cupy.kernels.problem import Candidate, Problem
 from marlin_cupy.layout import SLAB_K, SLAB_N, Layout
 from marlin_cupy.spec import Spec
 
-#: struct Args of the twin: a tensor map, three pointers, a stride, seven ints, a stack; its size is a multiple of 64.
-_ARGS = struct.Struct("=128s3Qq7i4xQi52x")
-_ARGUMENTS = launch.ArgumentBlock(_ARGS.size)
 _ARCH = "sm_90a"
 _MAX_M = 16
 _FEW = 8  # rows of one token tile
 _WARP = 32
+
+
+class Args(Struct):
+    """What the kernel is launched with."""
+
+    x: Annotated[TensorMap, "boxes of 64 K x M"]
+    weight: Annotated[int, pointer("const u8"), "packed slabs"]
+    bias: Annotated[int, pointer("const u16"), "or null"]
+    y: Annotated[int, pointer("u16")]
+    y_stride: Annotated[Int64, "elements between tokens"]
+    M: Int
+    N: Int
+    tiles_n: Int
+    slabs_k: Int
+    rounds: Annotated[Int, "tiles of the busiest cluster"]
+    y_vector: Annotated[Int, "token rows of y start at multiples of 8 bytes"]
+    dependent: Annotated[Int, "a kernel ahead may still run"]
+    stack: Stack
+
+
+_ARGUMENTS = launch.ArgumentBlock(Args.size)
 
 
 @dataclass(frozen=True)
@@ -220,7 +238,7 @@ class StreamPlan(CopyEnginePlan[Streams]):
         """Launch."""
         config, clusters = self.configuration.config, self.configuration.clusters
         all_tiles = tiles(config, self.layout)
-        _ARGS.pack_into(
+        Args.packer.pack_into(
             _ARGUMENTS.data,
             0,
             copy_engine.map_of(self.problem, x, x.number),
@@ -251,6 +269,7 @@ class Sm90Stream(CudaKernel):
 
     name = "sm90_stream"
     made_for = _ARCH
+    arguments = Args
     plan_type = StreamPlan
 
     def refuses(self, problem: Problem) -> str | None:

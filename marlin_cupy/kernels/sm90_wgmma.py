@@ -7,31 +7,63 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import struct
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Annotated, ClassVar
 
 from marlin_cupy.device import Gpu
 from marlin_cupy.formats.scalars import FLOAT16, HALF_DTYPES
 from marlin_cupy.jit import launch
 from marlin_cupy.kernels import copy_engine
+from marlin_cupy.kernels.arguments import Int, Int64, Struct, TensorMap, pointer
 from marlin_cupy.kernels.copy_engine import CopyEnginePlan
 from marlin_cupy.kernels.costs import DecodeFactors, can_scale, overlapped_us, read_us
 from marlin_cupy.kernels.cuda import Block, CudaConfiguration, CudaKernel, shared_budget
-from marlin_cupy.kernels.operands import Exchange, Launcher, Rows, Weight
+from marlin_cupy.kernels.operands import Exchange, Launcher, Rows, Stack, Weight
 from marlin_cupy.kernels.problem import Candidate, Problem
 from marlin_cupy.layout import SLAB_K, SLAB_N, Layout
 from marlin_cupy.spec import Spec
 
-#: struct Args of the twin: a tensor map, six pointers, a stride, twelve ints, a stack; its size is a multiple of 64.
-_ARGS = struct.Struct("=128s6Qq12iQi12x")
-_ARGUMENTS = launch.ArgumentBlock(_ARGS.size)
 _ARCH = "sm_90a"
 _WARPGROUP = 128
 _REGISTERS = 65536  # of an SM
 _PRODUCER_REGISTERS = 40  # per thread of the copying warpgroup
 _LENT_BYTES = 16384  # what a cluster's blocks leave for the first one goes where its stages were if it is more
+
+
+class Schedule(Struct, header="schedule/segments.cuh"):
+    """Which block computes what: divided here, for divisions are slow and nothing can be copied before the first."""
+
+    tiles: Int
+    steps: Annotated[Int, "of K per tile"]
+    blocks: Annotated[Int, "or clusters"]
+    whole: Annotated[Int, "tiles that each block computes alone"]
+    stretch: Annotated[Int, "steps of the line of shared tiles per block"]
+    longer: Annotated[Int, "how many blocks have one more"]
+
+
+class Args(Struct):
+    """What the kernel is launched with."""
+
+    x: Annotated[TensorMap, "boxes of 64 K x tokens"]
+    weight: Annotated[int, pointer("const u8"), "packed slabs"]
+    factors: Annotated[int, pointer("const float"), "of each output, see formats/codec.cuh"]
+    bias: Annotated[int, pointer("const u16"), "or null"]
+    y: Annotated[int, pointer("u16")]
+    partials: Annotated[int, pointer("float"), "two tiles per block where blocks share tiles"]
+    counters: Annotated[int, pointer("u32"), "one per shared tile, 0 before and after"]
+    y_stride: Annotated[Int64, "elements between tokens"]
+    M: Int
+    N: Int
+    slabs_n: Int
+    tiles_m: Int
+    tiles_n: Int
+    y_vector: Annotated[Int, "rows of y start at multiples of 16 bytes"]
+    schedule: Schedule
+    stack: Stack
+
+
+_ARGUMENTS = launch.ArgumentBlock(Args.size)
 
 
 @dataclass(frozen=True)
@@ -369,7 +401,7 @@ class WgmmaPlan(CopyEnginePlan[Tiling]):
         floats = self.configuration.exchange_floats
         exchange = Exchange.of(launcher, w.device, stream, floats, grid.shared_tiles)
         slabs_n, slabs_k, _ = self.layout.packed_shape
-        _ARGS.pack_into(
+        Args.packer.pack_into(
             _ARGUMENTS.data,
             0,
             copy_engine.map_of(self.problem, x, config.tokens),
@@ -420,6 +452,7 @@ class Sm90Wgmma(CudaKernel):
 
     name = "sm90_wgmma"
     made_for = _ARCH
+    arguments = Args
     plan_type = WgmmaPlan
 
     def refuses(self, problem: Problem) -> str | None:

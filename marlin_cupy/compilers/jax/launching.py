@@ -21,7 +21,7 @@ from marlin_cupy.device import Device, Gpu, cuda, gpu, gpu_count, gpu_of_arch
 from marlin_cupy.errors import UnsupportedError
 from marlin_cupy.kernels import Candidate, Problem, dequantize, tuned
 from marlin_cupy.kernels.cuda import CudaConfiguration, CudaPlan
-from marlin_cupy.kernels.operands import PackedWeight, Rows, Stack
+from marlin_cupy.kernels.operands import PackedWeight, Rows
 from marlin_cupy.layout import SLAB_K
 from marlin_cupy.spec import Spec
 
@@ -156,7 +156,7 @@ def _handle(call: ffi.Call) -> None:
     x, packed, factors, *others = call.operands
     K, N = plan.problem.spec.shape
     M = plan.problem.M
-    stack = Stack() if layers is None else Stack(others[-1], layers)
+    stack = (0, 1) if layers is None else (others[-1], layers)
     weight = PackedWeight(packed, factors, cuda(call.device), writes.of_gpu(call.device), stack)
     bias = others[0] if has_bias else 0
     plan.enqueue(_Lender(call), Rows(x, K, M), weight, bias, Rows(call.results[0], N, M), False)
