@@ -52,10 +52,14 @@ def scalar(alias: str, dtype: str) -> str:
 
 
 def weight(spec: Spec) -> list[str]:
-    """The lines that say what a packed weight is: Scale, GRANULE, and Codec with its table."""
-    layout = spec.layout
-    lines = [scalar("Scale", spec.scale_dtype), f"constexpr int GRANULE = {layout.granule};"]
-    if layout.format.table is not None:
-        values = ", ".join(f"{value!r}f" for value in layout.format.table)
+    """The lines that say how a packed weight is stored: Scale and GRANULE."""
+    return [scalar("Scale", spec.scale_dtype), f"constexpr int GRANULE = {spec.layout.granule};"]
+
+
+def codec(spec: Spec) -> list[str]:
+    """The lines that say what its codes mean: Codec, and the table that it reads."""
+    lines, table = [], spec.layout.format.table
+    if table is not None:
+        values = ", ".join(f"{value!r}f" for value in table)
         lines.append(f"__constant__ float FORMAT_TABLE[] = {{{values}}};")
     return [*lines, f'#include "formats/{spec.format}.cuh"']

@@ -122,6 +122,7 @@ def preamble(spec: Spec, dtype: str, config: Block, arguments: type[Struct], sta
         *source.weight(spec),
         f"constexpr int SHARED_BYTES = {config.shared_bytes(spec.layout)};",
         f"constexpr bool STACKED = {str(stacked).lower()};",
+        *source.codec(spec),
         *arguments.cpp(),
     ]
 
