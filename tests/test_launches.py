@@ -2,20 +2,21 @@
 
 from __future__ import annotations
 
+import dataclasses
 import struct
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from cases import GPUS
+from cases import GPUS, product_of
 
-from marlin_cupy import writes
+from marlin_cupy import kernels, writes
 from marlin_cupy.device import Device
 from marlin_cupy.frameworks import StreamFramework
 from marlin_cupy.jit import launch, tensor_map
-from marlin_cupy.kernels import Problem, sm80_gemm, sm90_stream, sm90_wgmma
+from marlin_cupy.kernels import Operand, Problem, Stacked, sm80_gemm, sm90_stream, sm90_wgmma
 from marlin_cupy.kernels.arguments import Struct
-from marlin_cupy.kernels.cuda import CudaConfiguration, CudaKernel
+from marlin_cupy.kernels.cuda import CudaConfiguration, ProductKernel
 from marlin_cupy.kernels.operands import Rows
 from marlin_cupy.layout import SLAB_K
 from marlin_cupy.spec import Spec
@@ -78,13 +79,20 @@ class Launches:
     def __init__(
         self,
         monkeypatch: pytest.MonkeyPatch,
-        kernel: CudaKernel,
+        kernel: ProductKernel,
         M: int,
         N: int = 4096,
         number: int = 0,
-        batch_invariant: bool = False,
+        aligned: bool = True,
     ) -> None:
-        self.problem = Problem(M, "float16", Spec("int4", (K, N), 128, "float16"), H200, batch_invariant)
+        self.problem = Problem(
+            M,
+            Operand("float16", aligned=aligned),
+            Spec("int4", (K, N), 128, "float16"),
+            "float16",
+            H200,
+            select=Stacked(STACK["stack.layers"]),
+        )
         self.log: list[tuple[str, int, int, int, bytes, int]] = []
         self.loaded: list[tuple[Any, ...]] = []
         monkeypatch.setattr(tensor_map, "of_matrix", self.of_matrix)
@@ -94,7 +102,7 @@ class Launches:
         assert isinstance(configuration, CudaConfiguration)
         self.plan = kernel.plan(self.problem, configuration)
         self.configuration: Any = configuration
-        spec = self.problem.spec
+        spec = self.problem.w
         self.w: Any = SimpleNamespace(
             shape=spec.shape,
             device=Device("cuda", 0),
@@ -102,7 +110,7 @@ class Launches:
             pointer=WEIGHT,
             factors_pointer=FACTORS,
             writes=writes.Writes(),
-            stack=tuple(STACK.values()),
+            layer_pointer=STACK["stack.layer"],
         )
 
     def of_matrix(self, pointer: int, dtype: str, shape: tuple[int, int], stride: int, box: tuple[int, int]) -> bytes:
@@ -138,7 +146,7 @@ class Launches:
     def multiply_twice(self) -> Any:
         """Into memory of its own, dependent where it can be; then plain, with a bias, where rows start anywhere."""
         y = self.multiply(1024, K)
-        out = SimpleNamespace(pointer=4098, stride=self.problem.spec.shape[1] + 1)
+        out = SimpleNamespace(pointer=4098, stride=self.problem.w.shape[1] + 1)
         bias = SimpleNamespace(pointer=6)
         assert self.multiply(1024, K + 8, dependent=False, bias=bias, out=out) is out
         return y
@@ -172,7 +180,7 @@ def test_sm90_stream_is_told_where_everything_is(monkeypatch: pytest.MonkeyPatch
     config, clusters = given.configuration.config, given.configuration.clusters
     tiles = -(-N // 64) * 2 // config.halves
     assert given.multiply_twice().shape == (M, N)
-    asked = sm90_stream.dependent_shared_bytes(config, given.w.layout, H200)
+    asked = sm90_stream.dependent_shared_bytes(config, given.problem.w.layout, H200)
     for second, (kind, stream, blocks, threads, raw, shared) in enumerate(given.log):
         assert (kind, shared) == (("plain", 0) if second else ("dependent", asked))
         assert (stream, blocks, threads) == (STREAM, clusters * config.cluster, config.threads)
@@ -215,51 +223,60 @@ def test_sm90_wgmma_is_told_where_everything_is(monkeypatch: pytest.MonkeyPatch,
 @pytest.mark.parametrize(
     "kernel", [sm80_gemm.KERNEL, sm90_stream.KERNEL, sm90_wgmma.KERNEL], ids=lambda each: each.name
 )
-def test_what_is_loaded_is_what_is_compiled_ahead(monkeypatch: pytest.MonkeyPatch, kernel: CudaKernel) -> None:
+def test_what_is_loaded_is_what_is_compiled_ahead(monkeypatch: pytest.MonkeyPatch, kernel: ProductKernel) -> None:
     for number in range(3):
         given = Launches(monkeypatch, kernel, 16, number=number)
         ((*build, arch, device, entry, shared, most),) = given.loaded
         assert tuple(build) == kernel.source(given.problem, given.configuration)
         assert (arch, device, entry) == (H200.arch, H200.index, "gemm")
-        assert shared == given.configuration.config.shared_bytes(given.w.layout)
+        assert shared == given.configuration.config.shared_bytes(given.problem.w.layout)
         assert most <= H200.shared_per_block
         assert str(given.plan) == str(given.configuration)
 
 
-@pytest.mark.parametrize(("kernel", "M"), [(sm90_stream.KERNEL, 16), (sm90_wgmma.KERNEL, 64)])
+#: (address, stride) of x that the copy engine cannot step through.
+UNALIGNED = ((1026, K), (1032, K), (1024, K + 1), (1024, K + 4), (1024, K - 8), (1024, 0), (1024, -K))
+
+
+def test_rows_know_whether_the_copy_engine_can_step_through_them() -> None:
+    for pointer, stride in UNALIGNED:
+        assert not Rows(pointer, stride, 16).is_aligned(K)
+        assert Rows(pointer, stride, 16).is_aligned(K + 1)  # no x of so many columns is: it is not asked for
+    for stride in (K, K + 8, 2 * K):
+        assert Rows(1024, stride, 16).is_aligned(K)
+    for stride in (0, 1, -K):  # of one row the stride is of no account
+        assert Rows(1024, stride, 1).is_aligned(K)
+    assert not Rows(1026, K, 1).is_aligned(K)
+
+
+@pytest.mark.parametrize(("kernel", "M"), [(sm90_stream.KERNEL, 16), (sm90_wgmma.KERNEL, 64), (sm90_wgmma.KERNEL, 1)])
 def test_x_that_the_copy_engine_cannot_read_goes_to_the_portable_kernel(
-    monkeypatch: pytest.MonkeyPatch, kernel: CudaKernel, M: int
+    monkeypatch: pytest.MonkeyPatch, kernel: ProductKernel, M: int
 ) -> None:
-    given = Launches(monkeypatch, kernel, M)
-    places = ((1026, K), (1032, K), (1024, K + 1), (1024, K + 4), (1024, K - 8), (1024, 0), (1024, -K))
-    for pointer, stride in places:
+    spec = Spec("int4", (K, 4096), 128, "float16")
+    aligned = product_of(M, "float16", spec, H200)
+    asked = dataclasses.replace(aligned, x=Operand("float16", aligned=False))
+    assert kernel.refuses(aligned) is None
+    assert "rows of x that start at multiples of 16 bytes and do not overlap" in str(kernel.refuses(asked))
+    assert {each.kernel for each in kernels.GEMM.candidates(asked)} == {"sm80_gemm"}
+    given = Launches(monkeypatch, sm80_gemm.KERNEL, M, aligned=False)
+    for pointer, stride in UNALIGNED:
         assert given.multiply(pointer, stride).shape == (M, 4096)
         kind, *_, raw, _ = given.log.pop()
         assert kind == "plain"
         found = told(sm80_gemm.Args, raw)
         assert (found["x"], found["x_stride"], found["y_stride"], found["M"]) == (pointer, stride, 4096, M)
-    first, *others = given.loaded
-    assert first[0].startswith(kernel.name)
-    assert [other[0] for other in others] == ["sm80_gemm-int4-g128-float16"]  # when it was needed, and once
-    strict = Launches(monkeypatch, sm90_wgmma.KERNEL, 64, batch_invariant=True)
-    for pointer, stride in places:
-        with pytest.raises(ValueError, match="batch_invariant needs rows that start at multiples of 16 bytes"):
-            strict.multiply(pointer, stride)
-    assert strict.log == []
-    assert len(strict.loaded) == 1
-    strict.multiply(1024, K)
-    assert len(strict.log) == 1
-    one = Launches(monkeypatch, sm90_wgmma.KERNEL, 1)
-    for stride in (0, 1, -K):  # of one row the stride is of no account
-        one.multiply(1024, stride)
-    assert [entry[0] for entry in one.log] == ["dependent"] * 3
-    assert len(one.loaded) == 1
+        assert found["x_vector"] == Rows(pointer, stride, M).start_at(16)
+    strict = dataclasses.replace(asked, batch_invariant=True)
+    with pytest.raises(ValueError, match=r"sm90_wgmma needs rows of x that start at multiples of 16 .*contiguous copy"):
+        kernels.GEMM.choose(strict)
+    assert kernels.GEMM.choose(dataclasses.replace(strict, x=Operand("float16"))).kernel == "sm90_wgmma"
 
 
 @pytest.mark.parametrize(
     "kernel", [sm80_gemm.KERNEL, sm90_stream.KERNEL, sm90_wgmma.KERNEL], ids=lambda each: each.name
 )
-def test_no_rows_are_no_launch(monkeypatch: pytest.MonkeyPatch, kernel: CudaKernel) -> None:
+def test_no_rows_are_no_launch(monkeypatch: pytest.MonkeyPatch, kernel: ProductKernel) -> None:
     given = Launches(monkeypatch, kernel, 0)
     assert given.multiply(1025, 3).shape == (0, 4096)
     out = SimpleNamespace(pointer=0, stride=0)

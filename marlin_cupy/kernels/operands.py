@@ -30,6 +30,10 @@ class Rows(NamedTuple):
         rows = framework.rows(array)
         return Rows(framework.pointer(rows), framework.strides(rows)[0], number)
 
+    def is_aligned(self, columns: int) -> bool:
+        """Whether x of so many columns that lies so is aligned; see :class:`Operand`."""
+        return columns % 8 != 0 or (self.start_at(16) and (self.number == 1 or self.stride >= columns))
+
     def start_at(self, nbytes: int) -> bool:
         """Whether every row starts at a multiple of so many bytes."""
         return self.pointer % nbytes == 0 and (self.number == 1 or 2 * self.stride % nbytes == 0)
@@ -62,8 +66,8 @@ class Weight(Protocol):
         """The record of that GPU."""
 
     @property
-    def stack(self) -> tuple[int, int]:
-        """The values of a :class:`Stack`, (0, 1) for one weight; launches with a stack must be plain."""
+    def layer_pointer(self) -> int:
+        """Device address of the number, int32, of one of several weights; launches with one must be plain. Else 0."""
 
 
 class PackedWeight(NamedTuple):
@@ -73,7 +77,7 @@ class PackedWeight(NamedTuple):
     factors_pointer: int
     device: Device
     writes: Writes
-    stack: tuple[int, int] = (0, 1)
+    layer_pointer: int = 0
 
 
 class Launcher(Protocol):
@@ -94,7 +98,7 @@ class Launcher(Protocol):
 
 
 class Exchange(NamedTuple):
-    """Memory by which blocks add up tiles that they share; addresses are 0 where they share none.
+    """Memory by which blocks add up tiles that they share.
 
     Attributes:
         memory: the array that the partial tiles are in: whoever launches keeps it until that is done.
@@ -102,17 +106,19 @@ class Exchange(NamedTuple):
         counters: address of a zero per shared tile.
     """
 
-    memory: Any
-    partials: int
-    counters: int
+    memory: Any = None
+    partials: int = 0
+    counters: int = 0
 
     @staticmethod
     def of(launcher: Launcher, device: Device, stream: int, floats: int, shared_tiles: int) -> Exchange:
-        """For a launch on ``stream`` whose partial tiles are so many float32."""
-        if shared_tiles == 0:
-            return Exchange(None, 0, 0)
+        """For a launch on ``stream`` whose partial tiles, some there are, are so many float32."""
         memory = launcher.empty((floats,), "float32", device)
         partials, counters = launcher.pointer(memory), launch.counters(device.index)
         if launcher.exclusive:
             return Exchange(memory, partials, counters.beside(partials, shared_tiles))
         return Exchange(memory, partials, counters.address(stream, shared_tiles))
+
+
+#: Where blocks share no tile.
+NO_EXCHANGE = Exchange()
