@@ -38,7 +38,7 @@ from marlin_cupy.errors import CompileError, MissingDependencyError
 from marlin_cupy.formats.scalars import FLOAT16, FLOAT32, HALF_DTYPES, ROUNDOFF
 from marlin_cupy.jit import cache
 from marlin_cupy.jit import compile as nvrtc
-from marlin_cupy.kernels import Problem
+from marlin_cupy.kernels import Operand, Problem
 from marlin_cupy.spec import Spec
 from marlin_cupy.tensor import QuantizedTensor
 
@@ -111,7 +111,7 @@ def info() -> None:
     table = Table("weight on", "kernel", "serves it", title=f"int4 {_K} x {_N}, float16 activations, M = {_M}")
     spec = Spec("int4", (_K, _N), formats.get("int4").default_group_size, FLOAT16)
     for place in (None, *gpus):
-        for name, reason in kernels.refusals(Problem(_M, FLOAT16, spec, place)).items():
+        for name, reason in kernels.GEMM.refusals(Problem(_M, Operand(FLOAT16), spec, FLOAT16, place)).items():
             table.add_row("cpu" if place is None else f"cuda:{place.index}", name, f"no: {reason}" if reason else "yes")
     console.print(table)
 

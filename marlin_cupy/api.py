@@ -14,7 +14,8 @@ from marlin_cupy.device import CPU, Device, gpu, import_cupy
 from marlin_cupy.errors import DeviceError
 from marlin_cupy.formats.scalars import HALF_DTYPES
 from marlin_cupy.frameworks import Framework, StreamFramework
-from marlin_cupy.kernels import Plan, Problem, tuned
+from marlin_cupy.kernels import Operand, Plan, Problem
+from marlin_cupy.kernels.operands import Rows
 from marlin_cupy.tensor import QuantizedTensor
 
 Array = Any  # an array of any library
@@ -46,7 +47,7 @@ def matmul(
             immutable. It must not overlap x.
         batch_invariant: every row of y has the same bits whatever the number of rows and whatever the others hold.
             UnsupportedError where no kernel can promise it. On a GPU sm90_wgmma alone can: the rows of x must start
-            at multiples of 16 bytes and not overlap, ValueError otherwise; a contiguous x is right.
+            at multiples of 16 bytes and not overlap, UnsupportedError otherwise; a contiguous x is right.
         dependent: allow a dependent launch, which kernels for Hopper have (explain says so): the GPU starts to read
             the weight before the kernels ahead on the stream have finished, and only the weight; x, bias and out are
             touched after that. So no kernel of yours that is ahead may write the weight. Whatever marlin_cupy does to
@@ -83,9 +84,11 @@ def matmul(
             f"x is on {device} and the weight on {w.device}; move one, for instance w.to({str(device)!r})."
         )
     if device == w.device and (device == CPU or isinstance(framework, StreamFramework)):
-        if device != CPU and 0 not in x.shape:  # an empty array has no strides to speak of
+        m, aligned = math.prod(x.shape[:-1]), True
+        if isinstance(framework, StreamFramework) and device != CPU and m > 0:  # an empty array has no strides
             _check_strides(framework, x, bias, target)
-        plan = plan_of(w, math.prod(x.shape[:-1]), dtype, batch_invariant)
+            aligned = Rows.of(framework, x, m).is_aligned(K)
+        plan = plan_of(w, m, dtype, batch_invariant, aligned)
         y = plan.multiply(framework, x, w, bias, target, dependent)
     elif device == w.device:  # JAX, which gives memory of x to others unless it launches what reads it
         y = compilers.of(framework).matmul(x, w, bias, batch_invariant, dependent)
@@ -183,14 +186,14 @@ def explain(shape: Sequence[int], dtype: Any, w: QuantizedTensor, *, batch_invar
         raise ValueError(f"shape is {tuple(shape)} and the weight (K={K}, N={N}); use (..., {K}).")
     name = str(getattr(dtype, "name", None) or getattr(dtype, "__name__", None) or dtype).removeprefix("torch.")
     problem = problem_of(w, math.prod(shape[:-1]), name, batch_invariant)
-    chosen = kernels.choose(problem)
-    us = tuned.times(problem)
+    chosen = kernels.GEMM.choose(problem)
+    us = kernels.GEMM.times(problem)
     reasons = {
         other: reason or f"serves this too, {chosen.kernel} is preferred"
-        for other, reason in kernels.refusals(problem).items()
+        for other, reason in kernels.GEMM.refusals(problem).items()
         if other != chosen.kernel
     }
-    others = [each for each in kernels.candidates(problem) if each != chosen]
+    others = [each for each in kernels.GEMM.candidates(problem) if each != chosen]
     others.sort(key=lambda each: (us.get(each.key, math.inf), each.predicted_us))
     if chosen.key in us:
         why = f"mc.tune measured {us[chosen.key]:.2f} us, the least of {len(us)} candidates"
@@ -215,21 +218,15 @@ def explain(shape: Sequence[int], dtype: Any, w: QuantizedTensor, *, batch_invar
     )
 
 
-def plan_of(w: QuantizedTensor, m: int, dtype: str, batch_invariant: bool = False) -> Plan:
-    """The kernel for M rows of ``dtype``, made ready once per weight, and again when something was tuned."""
-    key = m, dtype, batch_invariant, tuned.generation
-    found: Plan | None = w.plans.get(key)
-    if found is None:
-        for old in [other for other in list(w.plans) if other[-1] != key[-1]]:
-            w.plans.pop(old, None)
-        problem = problem_of(w, m, dtype, batch_invariant)
-        found = w.plans[key] = kernels.plan(problem, kernels.choose(problem))
-    return found
+def plan_of(w: QuantizedTensor, m: int, dtype: str, batch_invariant: bool = False, aligned: bool = True) -> Plan:
+    """The kernel for M rows of ``dtype``, made ready once, and again when something was tuned."""
+    return kernels.GEMM.ready(problem_of(w, m, dtype, batch_invariant, aligned))
 
 
-def problem_of(w: QuantizedTensor, m: int, dtype: str, batch_invariant: bool = False) -> Problem:
-    """What :func:`matmul` asks the kernels for M rows of ``dtype``."""
-    return Problem(m, dtype, w.spec, None if w.device == CPU else gpu(w.device.index), batch_invariant)
+def problem_of(w: QuantizedTensor, m: int, dtype: str, batch_invariant: bool = False, aligned: bool = True) -> Problem:
+    """What :func:`matmul` asks the kernels for M rows of ``dtype``; see Operand for ``aligned``."""
+    on = None if w.device == CPU else gpu(w.device.index)
+    return Problem(m, Operand(dtype, aligned=aligned), w.spec, dtype, on, batch_invariant)
 
 
 def _through_cupy(

@@ -70,8 +70,8 @@ class QuantizedTensor:
     #: same memory share it.
     range_factors: Array | None
 
-    #: For kernels, which can take one weight out of several: see kernels.operands.Stack.
-    stack: ClassVar[tuple[int, int]] = (0, 1)
+    #: For kernels, which can take one weight out of several: see kernels.operands.Weight.
+    layer_pointer: ClassVar[int] = 0
 
     # NumPy and CuPy leave ``x @ w`` to __rmatmul__ when they see these.
     __array_ufunc__ = None
@@ -116,7 +116,6 @@ class QuantizedTensor:
             with contextlib.suppress(ValueError):  # who computes with it says so
                 self.spec = spec.of_part(tuple(packed.shape))
         self.layout = self.spec.layout
-        self.plans: dict[Any, Any] = {}  # launches by (M, dtype), kept by the kernels
 
     def _place(self) -> None:
         """Where it is; ValueError, TypeError or UnsupportedError for what is no array of values on one device."""

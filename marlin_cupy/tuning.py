@@ -139,16 +139,16 @@ def tune(
     if gpu is None:
         raise DeviceError(f"tune times kernels on a GPU, and the weight is on {w.device}; pass w.to('cuda').")
     found, kept = [], True
-    with bar("tuning", len(rows), progress) as begin, Rig(w, problems[0].dtype, gpu) as rig:
+    with bar("tuning", len(rows), progress) as begin, Rig(w, problems[0].x.dtype, gpu) as rig:
         for problem in problems:
             begin(f"M = {problem.M}")
             row, us = _tuned(rig, problem)
             found.append(row)
-            kept = tuned.remember(problem, us) and kept
+            kept = kernels.GEMM.remember(problem, us) and kept
     if not kept:
         warnings.warn(f"{tuned.path()} cannot be written; this process alone knows the times.", stacklevel=2)
     K, N = w.shape
-    title = f"{w.format} {K} x {N}, group size {w.group_size}, {problems[0].dtype} on {gpu.name}"
+    title = f"{w.format} {K} x {N}, group size {w.group_size}, {problems[0].x.dtype} on {gpu.name}"
     return Tuning(title, tuple(found), str(tuned.path()) if kept else None)
 
 
@@ -171,8 +171,8 @@ def checked_dtype(dtype: str | None, w: QuantizedTensor) -> str:
 
 def _tuned(rig: Rig, problem: Problem) -> tuple[TunedRows, dict[str, float]]:
     """What the candidates of a problem take, and the times of those that are right by their keys."""
-    before = kernels.choose(problem)
-    tried = list(dict.fromkeys([*kernels.candidates(problem)[:_TIMED], before]))
+    before = kernels.GEMM.choose(problem)
+    tried = list(dict.fromkeys([*kernels.GEMM.candidates(problem)[:_TIMED], before]))
     us, wrong = rig.measure(problem, tried)
     if not us:
         raise RuntimeError(f"every candidate for M = {problem.M} is wrong: {'; '.join(wrong.values())}")
@@ -222,12 +222,12 @@ class Rig:
     def measure(self, problem: Problem, candidates: Sequence[Candidate]) -> tuple[dict[str, float], dict[str, str]]:
         """By key: median microseconds of the candidates that are right, and what is wrong with the others."""
         x = self._activations(problem.M)
-        y = self._cupy.empty((problem.M, problem.spec.shape[1]), dtype=x.dtype)
+        y = self._cupy.empty((problem.M, problem.w.shape[1]), dtype=x.dtype)
         check = Check(self._expected(x), self._columns, tolerance(problem))
         time, sampling = timing.EventTimer(self._stream), timing.QUICK_SAMPLING
         graphs, wrong = {}, {}
         for each in candidates:
-            plan = kernels.plan(problem, each)
+            plan = kernels.GEMM.plan(problem, each)
             reason = check(self._result(plan, x, y))
             if reason is None:
                 steps = [functools.partial(plan.multiply, frameworks.of(x), x, w, None, y, True) for w in self._weights]
@@ -298,5 +298,5 @@ def tolerance(problem: Problem) -> float:
     Sums of K products in float32 are off by less than 2 sqrt(K) u |x| |W| except with small probability (Higham and
     Mary 2019, doi:10.1137/18M1226312), and |x| |W| is below sqrt(K) times a typical element where x is random.
     """
-    roundings = 3 if formats.get(problem.spec.format).table is None else 5
-    return 2 * (roundings * ROUNDOFF[problem.dtype] + 2 * problem.spec.shape[0] * ROUNDOFF[FLOAT32])
+    roundings = 3 if formats.get(problem.w.format).table is None else 5
+    return 2 * (roundings * ROUNDOFF[problem.x.dtype] + 2 * problem.w.shape[0] * ROUNDOFF[FLOAT32])

@@ -51,8 +51,8 @@ def warmup(
     first: dict[Any, tuple[Problem, Candidate]] = {}  # by source and GPU: what brings the kernel in
     for w, m, x_dtype in wanted:
         problem = problem_of(w, m, x_dtype, batch_invariant)
-        candidate = kernels.choose(problem)
-        source = kernels.source(problem, candidate)
+        candidate = kernels.GEMM.choose(problem)
+        source = kernels.GEMM.source(problem, candidate)
         if source is not None:
             first.setdefault((source, w.device), (problem, candidate))
     workers = max(1, min(len(first), os.cpu_count() or 1))
@@ -60,7 +60,7 @@ def warmup(
     # took 1.43 s one after the other, and 1.21 s in two processes (NVRTC 13.0, one run of each). Processes would also
     # run the caller's main module again, and hand nothing over where the cache folder cannot be written.
     with bar("compiling", len(first), progress) as begin, ThreadPoolExecutor(workers) as pool:
-        builds = {pool.submit(kernels.plan, *each): name for ((name, _), _), each in first.items()}
+        builds = {pool.submit(kernels.GEMM.ready, *each): name for ((name, _), _), each in first.items()}
         try:
             for build in as_completed(builds):
                 begin(builds[build])

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import ml_dtypes
 import numpy as np
 
-from marlin_cupy.device import arch_of, gpu_of_arch
+from marlin_cupy import kernels
+from marlin_cupy.device import Gpu, arch_of, gpu_of_arch
 from marlin_cupy.formats.nf4 import TABLE
+from marlin_cupy.kernels import Operand, Operation, Plan, Problem
+from marlin_cupy.spec import Spec
 
 
 @dataclass(frozen=True)
@@ -79,6 +83,17 @@ GPUS = {
     arch: gpu_of_arch(arch)
     for arch in (arch_of(*capability) for capability in ((8, 0), (8, 6), (8, 9), (9, 0), (10, 0), (12, 0)))
 }
+
+
+def product_of(M: int, dtype: str, w: Spec, on: Gpu | None, batch_invariant: bool = False, **more: Any) -> Problem:
+    """M rows of ``dtype`` times a weight."""
+    return Problem(M, Operand(dtype), w, dtype, on, batch_invariant, **more)
+
+
+def fresh_gemm(*without: str) -> Operation[Problem, Plan]:
+    """The operation with no plan made ready, of all kernels but some."""
+    kept = tuple(each for each in kernels.GEMM.kernels if each.name not in without)
+    return Operation(kernels.GEMM.name, kernels.GEMM.noun, kept)
 
 
 def gaussian(K: int, N: int, seed: int, dtype: str = "float32") -> np.ndarray:

@@ -19,15 +19,15 @@ from collections.abc import Iterator
 
 import cupy
 import numpy as np
-from cases import DTYPES, FORMATS, HALF, gaussian, rows
+from cases import DTYPES, FORMATS, HALF, gaussian, product_of, rows
 from product import Product
 
 import marlin_cupy as mc
-from marlin_cupy import frameworks
+from marlin_cupy import frameworks, kernels
 from marlin_cupy.device import gpu
 from marlin_cupy.formats.scalars import ROUNDOFF
-from marlin_cupy.kernels import Problem, dequantize, sm80_gemm, sm90_stream, sm90_wgmma
-from marlin_cupy.kernels.cuda import CudaConfiguration, CudaKernel
+from marlin_cupy.kernels import Dense, sm80_gemm, sm90_stream, sm90_wgmma
+from marlin_cupy.kernels.cuda import CudaConfiguration, ProductKernel
 
 #: (K, N): edges in both directions; and enough steps for blocks to share a tile.
 SHAPES = ((75, 70), (1100, 200))
@@ -49,7 +49,7 @@ def to_host(array: cupy.ndarray) -> np.ndarray:
 
 KERNELS = (sm80_gemm.KERNEL, sm90_stream.KERNEL, sm90_wgmma.KERNEL)
 
-Case = tuple[CudaKernel, int, CudaConfiguration]  # with the number of rows
+Case = tuple[ProductKernel, int, CudaConfiguration]  # with the number of rows
 
 
 def portable_cases(dtype: str, w: mc.QuantizedTensor, only_every: int) -> Iterator[Case]:
@@ -72,14 +72,14 @@ def stream_cases(dtype: str, w: mc.QuantizedTensor) -> Iterator[Case]:
     for largest_m in (8, 16):
         for config in sm90_stream.configs(largest_m, w.layout, gpu()):
             for M in (1, largest_m - 1):
-                if sm90_stream.KERNEL.refuses(Problem(M, dtype, w.spec, gpu())) is None:
+                if sm90_stream.KERNEL.refuses(product_of(M, dtype, w.spec, gpu())) is None:
                     for clusters in sorted({1, sm90_stream.tiles(config, w.layout)}):
                         yield sm90_stream.KERNEL, M, sm90_stream.Streams(config, clusters)
 
 
 def wgmma_cases(dtype: str, w: mc.QuantizedTensor, only_every: int) -> Iterator[Case]:
     """Every configuration for less than a tile of rows and for a few more: tiles whole and shared in several ways."""
-    if sm90_wgmma.KERNEL.refuses(Problem(1, dtype, w.spec, gpu())) is not None:
+    if sm90_wgmma.KERNEL.refuses(product_of(1, dtype, w.spec, gpu())) is not None:
         return
     for rated in sm90_wgmma.configs(w.layout, gpu())[::only_every]:
         config = rated.config
@@ -109,7 +109,7 @@ def check_kernels(format: str, dtype: str, only_every: int, names: list[str], tu
         for kernel, M, configuration in (*portable, *stream_cases(dtype, w), *wgmma_cases(dtype, w, only_every)):
             if kernel.name not in names or not next(turns):
                 continue
-            plan = kernel.plan(Problem(M, dtype, w.spec, gpu()), configuration)
+            plan = kernel.plan(product_of(M, dtype, w.spec, gpu()), configuration)
             x_gpu, bias_gpu = to_gpu(x[:M]), to_gpu(bias)
             for dependent in (False, True) if configuration.dependent else (False,):
                 out = cupy.asarray(np.full((M, N), _NAN, np.uint16)).view(DTYPES[dtype])
@@ -162,8 +162,9 @@ def check_dense() -> int:
         on_host = mc.quantize(gaussian(K, N, seed=K), format, GROUP_SIZE[format], scale_dtype=HALF[K % 2])
         w, right = on_host.to("cuda"), on_host.dequantize("float32").T
         slabs = w.layout.packed_shape[1]
+        plan = kernels.DEQUANTIZE.ready(Dense(w.spec, dtype, gpu()))
         for run in {range(slabs), range(slabs // 2, slabs), range(1)}:
-            found = dequantize.dense(frameworks.of(w.packed), w, w.spec, dtype, run)
+            found = plan.dense(frameworks.of(w.packed), w, run)
             values = to_host(found.base)[:, : found.shape[1]].astype(np.float32)
             expected = right[:, 128 * run.start : 128 * run.stop]
             bound = 1.01 * (ROUNDOFF[dtype] + ROUNDOFF["float16"]) * abs(expected) + 2.0**-24

@@ -15,6 +15,7 @@ import time
 from collections.abc import Iterator
 
 import cupy
+from cases import product_of
 from gpu_arrays import activations, differences, weights
 
 import marlin_cupy as mc
@@ -31,7 +32,7 @@ _BURST = 50  # launches of one kind; after every fourth burst the last result is
 
 
 def candidates(problem: Problem) -> Iterator[tuple[Candidate, Plan]]:
-    for kernel in kernels.KERNELS:
+    for kernel in kernels.GEMM.kernels:
         if kernel.name.startswith("sm90") and kernel.refuses(problem) is None:
             for candidate in kernel.candidates(problem):
                 yield candidate, kernel.plan(problem, candidate.configuration)
@@ -48,7 +49,7 @@ def main() -> int:
         all_weights = [first, *(mc.QuantizedTensor(first.spec, first.packed.copy()) for _ in range(copies - 1))]
         x = activations(M, K, dtype)
         y, wrong = cupy.empty((M, N), x.dtype), cupy.zeros((), cupy.int64)
-        plans = list(candidates(Problem(M, dtype, first.spec, gpu())))
+        plans = list(candidates(product_of(M, dtype, first.spec, gpu())))
         each = max(_BURST, wanted // (len(cases) * len(plans)))
         for candidate, plan in plans:
             expected = plan.multiply(frameworks.of(x), x, first, None, None, False)

@@ -13,7 +13,7 @@ from typing import Any
 
 import cupy
 import pytest
-from cases import FORMATS, HALF
+from cases import FORMATS, HALF, fresh_gemm
 from gpu_arrays import activations, assert_same_bits, differences, float64, poisoned, weights
 
 import marlin_cupy as mc
@@ -52,7 +52,7 @@ def slow_copy(target: cupy.ndarray, source: cupy.ndarray, cycles: int = 200_000)
 def kernels_with_dependent_launch(monkeypatch: pytest.MonkeyPatch) -> None:
     """Whatever the models find faster: these tests are about the others."""
     if gpu().arch == "sm_90a":
-        monkeypatch.setattr(kernels, "KERNELS", tuple(each for each in kernels.KERNELS if each.name != "sm80_gemm"))
+        monkeypatch.setattr(kernels, "GEMM", fresh_gemm("sm80_gemm"))
 
 
 @pytest.fixture

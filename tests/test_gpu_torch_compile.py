@@ -14,7 +14,7 @@ from typing import Any
 import cupy
 import numpy as np
 import pytest
-from cases import DTYPES, FORMATS, GPU_GROUPS, HALF
+from cases import DTYPES, FORMATS, GPU_GROUPS, HALF, fresh_gemm
 from gpu_arrays import activations, weights
 from product import Product
 
@@ -311,7 +311,7 @@ def test_a_graph_sees_a_state_that_was_loaded_later() -> None:
 
 @pytest.mark.hopper
 def test_the_first_launch_after_a_write_is_plain(kinds: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(kernels, "KERNELS", tuple(each for each in kernels.KERNELS if each.name != "sm80_gemm"))
+    monkeypatch.setattr(kernels, "GEMM", fresh_gemm("sm80_gemm"))
     its, other = layer("int4", "float16"), layer("int4", "float16")
     x = rows(1, "float16")
 
@@ -345,7 +345,7 @@ def test_the_first_launch_after_a_write_is_plain(kinds: list[str], monkeypatch: 
 
 @pytest.mark.hopper
 def test_no_stale_weight_after_load_state_dict(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(kernels, "KERNELS", tuple(each for each in kernels.KERNELS if each.name != "sm80_gemm"))
+    monkeypatch.setattr(kernels, "GEMM", fresh_gemm("sm80_gemm"))
     values = weights(2048, 64 * 132) / 45
     versions = [Linear.from_quantized(mc.quantize(each)) for each in (values, values[::-1].copy())]
     states = [version.state_dict() for version in versions]

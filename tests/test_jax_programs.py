@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from cases import FORMATS, GPUS, HALF
+from cases import FORMATS, GPUS, HALF, product_of
 from jax_arrays import K, N, activations, check, weight
 
 import marlin_cupy as mc
@@ -25,7 +25,7 @@ from marlin_cupy import kernels
 from marlin_cupy.compilers.jax import ffi, launching
 from marlin_cupy.device import gpu_of_arch
 from marlin_cupy.integrations.jax import export_checks, stack
-from marlin_cupy.kernels import Problem
+from marlin_cupy.kernels import ONE, Problem, Stacked
 from marlin_cupy.kernels.cuda import CudaConfiguration
 
 LAYERS = 3
@@ -157,7 +157,7 @@ def test_a_product_is_a_call_that_says_what_to_launch(name: str, dtype: str) -> 
     assert (plain.text["bias"], biased.text["bias"]) == (False, True)
     gpu = gpu_of_arch("sm_90a")
     assert plain.text["gpu"] == ["sm_90a", gpu.sm_count]
-    chosen = kernels.choose(Problem(5, dtype, w.spec, gpu, False, False))
+    chosen = kernels.GEMM.choose(product_of(5, dtype, w.spec, gpu))
     assert plain.text["candidate"] == chosen.key
 
 
@@ -174,8 +174,8 @@ def test_rows_of_all_axes_are_one_call() -> None:
 def test_memory_for_exchange_is_a_result_where_blocks_share_tiles(K: int, N: int, M: int) -> None:
     w, x = weight(shape=(K, N)), activations((M, K))
     (call,) = calls(lowered(mc.matmul, x, w))
-    problem = Problem(M, "float16", w.spec, gpu_of_arch("sm_90a"), False, False)
-    (chosen,) = [each for each in kernels.candidates(problem) if each.key == call.text["candidate"]]
+    problem = product_of(M, "float16", w.spec, gpu_of_arch("sm_90a"))
+    (chosen,) = [each for each in kernels.GEMM.candidates(problem) if each.key == call.text["candidate"]]
     assert isinstance(chosen.configuration, CudaConfiguration)
     floats = chosen.configuration.exchange_floats
     assert call.results == [f"{M}x{N}xf16"] + [f"{floats}xf32"] * (floats > 0)
@@ -394,7 +394,7 @@ def test_the_chosen_candidate_is_found_again(plans: Any, monkeypatch: pytest.Mon
         made.append((problem, candidate))
         raise mc.UnsupportedError("no GPU is needed to get here.")
 
-    monkeypatch.setattr(launching.kernels, "plan", plan)
+    monkeypatch.setattr(launching.kernels.GEMM, "plan", plan)
     if layers is None:
         text = text_of(mc.matmul, x, w, bias)
     else:
@@ -403,7 +403,9 @@ def test_the_chosen_candidate_is_found_again(plans: Any, monkeypatch: pytest.Mon
         plans("sm_90a")(text)
     ((problem, candidate),) = made
     assert candidate.key == json.loads(text)["candidate"]
-    assert problem == Problem(5, "float16", w.spec, GPUS["sm_90a"], False, layers is not None)
+    assert problem == product_of(
+        5, "float16", w.spec, GPUS["sm_90a"], select=ONE if layers is None else Stacked(layers)
+    )
 
 
 def test_addresses_go_where_they_belong(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -411,17 +413,19 @@ def test_addresses_go_where_they_belong(monkeypatch: pytest.MonkeyPatch) -> None
     launches: list[tuple[Any, ...]] = []
 
     class Plan:
-        problem = Problem(5, "float16", weight().spec, GPUS["sm_90a"], False, True)
+        def __init__(self, layers: int | None) -> None:
+            select = ONE if layers is None else Stacked(layers)
+            self.problem = product_of(5, "float16", weight().spec, GPUS["sm_90a"], select=select)
 
         def enqueue(self, launcher: Any, x: Any, w: Any, bias: int, y: Any, dependent: bool) -> None:
             lent = launcher.stream(w.device), launcher.pointer(launcher.empty((7,), "float32", w.device))
-            launches.append((x, w[:2], w.device.index, tuple(w.stack), bias, y, dependent, lent))
+            launches.append((x, w[:2], w.device.index, w.layer_pointer, bias, y, dependent, lent))
 
     monkeypatch.setattr(launching.writes, "of_gpu", lambda index: None)
     for has_bias, layers in ((True, 4), (True, None), (False, 4), (False, None)):
-        monkeypatch.setattr(launching, "_plan_of", lambda text, device: (Plan(), has_bias, layers))  # noqa: B023
+        monkeypatch.setattr(launching, "_plan_of", lambda text, device: (Plan(layers), has_bias))  # noqa: B023
         operands = [10, 20, 30] + [40] * has_bias + [50] * (layers is not None)
         launching._handle(ffi.Call(b"", operands, [60, 70], 80, 1))
-        layer = (50, 4) if layers else (0, 1)
+        layer = 50 if layers else 0
         expected = (10, K, 5), (20, 30), 1, layer, 40 * has_bias, (60, N, 5), False, (80, 70)
         assert launches.pop() == expected

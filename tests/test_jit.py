@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from cases import DTYPES, FORMATS, GPUS, HALF
+from cases import DTYPES, FORMATS, GPUS, HALF, product_of
 
 import marlin_cupy as mc
 from marlin_cupy import formats, kernels
@@ -22,7 +22,7 @@ from marlin_cupy.jit import cache
 from marlin_cupy.jit import compile as jit_compile
 from marlin_cupy.jit.launch import MAX_COUNTERS
 from marlin_cupy.jit.source import inline, source_root
-from marlin_cupy.kernels import Problem, dequantize, sm80_gemm, sm90_stream
+from marlin_cupy.kernels import dequantize, sm80_gemm, sm90_stream
 from marlin_cupy.spec import Spec
 
 H200 = GPUS["sm_90a"]
@@ -120,7 +120,7 @@ def test_every_gpu_has_a_kernel_that_fits_for_every_m(name: str, group_size: int
     for m in (1, 8, 9, 16, 17, 32, 33, 64, 65, 1000):
         fitting = sm80_gemm.configs(m, spec(name, group_size), "float16", gpu)
         assert fitting, f"M={m}"
-        assert sm80_gemm.KERNEL.refuses(Problem(m, "float16", spec(name, group_size), gpu)) is None
+        assert sm80_gemm.KERNEL.refuses(product_of(m, "float16", spec(name, group_size), gpu)) is None
     for text in sources(spec(name, group_size), "float16", gpu):
         reserved = re.search(r"SHARED_BYTES = (\d+);", text)
         assert reserved is not None
@@ -129,9 +129,9 @@ def test_every_gpu_has_a_kernel_that_fits_for_every_m(name: str, group_size: int
 
 def test_a_gpu_with_too_little_shared_memory_is_refused() -> None:
     small = dataclasses.replace(GPUS["sm_86"], name="a small GPU", shared_per_block=16384, shared_per_sm=17408)
-    problem = Problem(1, "float16", spec("int4"), small)
+    problem = product_of(1, "float16", spec("int4"), small)
     with pytest.raises(mc.UnsupportedError, match="16384 bytes of a small GPU"):
-        kernels.choose(problem)
+        kernels.GEMM.choose(problem)
 
 
 @pytest.mark.parametrize("arch", GPUS)
@@ -167,20 +167,20 @@ def test_weights_are_scaled_above_32_rows_but_not_where_bfloat16_would_round_the
 
 def test_the_kernel_says_what_it_does_not_serve() -> None:
     for dtype in (*DTYPES, "float64"):
-        refusal = sm80_gemm.KERNEL.refuses(Problem(1, dtype, spec(), H200))
+        refusal = sm80_gemm.KERNEL.refuses(product_of(1, dtype, spec(), H200))
         assert (refusal is None) == (dtype in HALF)
         if refusal is not None:
             assert dtype in refusal
     old = Gpu(0, "an old GPU", "sm_75", 40, 65536, 65536, 4 << 20)
-    assert "sm_75" in str(sm80_gemm.KERNEL.refuses(Problem(1, "float16", spec(), old)))
-    assert "host memory" in str(sm80_gemm.KERNEL.refuses(Problem(1, "float16", spec(), None)))
+    assert "sm_75" in str(sm80_gemm.KERNEL.refuses(product_of(1, "float16", spec(), old)))
+    assert "host memory" in str(sm80_gemm.KERNEL.refuses(product_of(1, "float16", spec(), None)))
 
 
 def test_the_streaming_kernel_gives_every_tile_to_a_cluster_that_is_resident() -> None:
     for name in FORMATS:
         for N in (1, 64, 65, 1000, 3000, 6144, 8192, 10240, 28672, 57344, 250000):
             for m in (1, 8, 9, 16):
-                problem = Problem(m, "float16", Spec(name, (4096, N), 64, "float16"), H200)
+                problem = product_of(m, "float16", Spec(name, (4096, N), 64, "float16"), H200)
                 layout = problem.spec.layout
                 for candidate in sm90_stream.KERNEL.candidates(problem):
                     assert isinstance(candidate.configuration, sm90_stream.Streams)
@@ -194,7 +194,7 @@ def test_the_streaming_kernel_gives_every_tile_to_a_cluster_that_is_resident() -
 
 def test_the_streaming_kernel_says_what_it_does_not_serve() -> None:
     def refusal(m: int, gpu: Gpu | None, dtype: str = "float16", N: int = 4096) -> str:
-        return str(sm90_stream.KERNEL.refuses(Problem(m, dtype, Spec("int4", (4096, N), 128, "float16"), gpu)))
+        return str(sm90_stream.KERNEL.refuses(product_of(m, dtype, Spec("int4", (4096, N), 128, "float16"), gpu)))
 
     assert refusal(1, H200) == refusal(16, H200) == refusal(16, H200, N=57344) == "None"
     assert "host memory" in refusal(1, None)

@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
+import dataclasses
 import struct
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from cases import GPUS
+from cases import GPUS, product_of
 
-from marlin_cupy import writes
+from marlin_cupy import kernels, writes
 from marlin_cupy.device import Device
 from marlin_cupy.frameworks import StreamFramework
 from marlin_cupy.jit import launch, tensor_map
-from marlin_cupy.kernels import Problem, sm80_gemm, sm90_stream, sm90_wgmma
-from marlin_cupy.kernels.cuda import CudaConfiguration, CudaKernel
+from marlin_cupy.kernels import Operand, Problem, Stacked, sm80_gemm, sm90_stream, sm90_wgmma
+from marlin_cupy.kernels.arguments import Struct
+from marlin_cupy.kernels.cuda import CudaConfiguration, ProductKernel
 from marlin_cupy.kernels.operands import Rows
 from marlin_cupy.layout import SLAB_K
 from marlin_cupy.spec import Spec
@@ -23,7 +25,19 @@ H200 = GPUS["sm_90a"]
 K = 4096
 STREAM, WEIGHT, FACTORS, COUNTERS, ALLOCATED = 77, 512, 256, 8000, 4096
 #: Where the number of a weight in a stack is, and how many there are.
-STACK = (1 << 42, 7)
+STACK = {"stack.layer": 1 << 42, "stack.layers": 7}
+
+
+def map_of(pointer: int, shape: tuple[int, int], box: tuple[int, int]) -> bytes:
+    return struct.pack("=5q", pointer, *shape, *box).ljust(128, b"\0")
+
+
+def told(arguments: type[Struct], raw: bytes) -> dict[str, Any]:
+    """The values that a kernel finds, by name: those of which it has been asserted that C++ has them there."""
+    assert len(raw) == arguments.size
+    return {
+        name: struct.unpack_from(f"={place.code}", raw, place.offset)[0] for name, place in arguments.places.items()
+    }
 
 
 class Memory(StreamFramework):
@@ -65,13 +79,20 @@ class Launches:
     def __init__(
         self,
         monkeypatch: pytest.MonkeyPatch,
-        kernel: CudaKernel,
+        kernel: ProductKernel,
         M: int,
         N: int = 4096,
         number: int = 0,
-        batch_invariant: bool = False,
+        aligned: bool = True,
     ) -> None:
-        self.problem = Problem(M, "float16", Spec("int4", (K, N), 128, "float16"), H200, batch_invariant)
+        self.problem = Problem(
+            M,
+            Operand("float16", aligned=aligned),
+            Spec("int4", (K, N), 128, "float16"),
+            "float16",
+            H200,
+            select=Stacked(STACK["stack.layers"]),
+        )
         self.log: list[tuple[str, int, int, int, bytes, int]] = []
         self.loaded: list[tuple[Any, ...]] = []
         monkeypatch.setattr(tensor_map, "of_matrix", self.of_matrix)
@@ -81,7 +102,7 @@ class Launches:
         assert isinstance(configuration, CudaConfiguration)
         self.plan = kernel.plan(self.problem, configuration)
         self.configuration: Any = configuration
-        spec = self.problem.spec
+        spec = self.problem.w
         self.w: Any = SimpleNamespace(
             shape=spec.shape,
             device=Device("cuda", 0),
@@ -89,14 +110,14 @@ class Launches:
             pointer=WEIGHT,
             factors_pointer=FACTORS,
             writes=writes.Writes(),
-            stack=STACK,
+            layer_pointer=STACK["stack.layer"],
         )
 
     def of_matrix(self, pointer: int, dtype: str, shape: tuple[int, int], stride: int, box: tuple[int, int]) -> bytes:
         assert dtype == "float16"
         assert pointer % 16 == 0
         assert shape[0] == 1 or (stride % 8 == 0 and stride >= shape[1])
-        return struct.pack("=5q", pointer, *shape, *box).ljust(128, b"\0")
+        return map_of(pointer, shape, box)
 
     def load(self, name: str, source: str, arch: str, device: int, entry: str, *shared_bytes: int) -> Any:
         self.loaded.append((name, source, arch, device, entry, *shared_bytes))
@@ -125,7 +146,7 @@ class Launches:
     def multiply_twice(self) -> Any:
         """Into memory of its own, dependent where it can be; then plain, with a bias, where rows start anywhere."""
         y = self.multiply(1024, K)
-        out = SimpleNamespace(pointer=4098, stride=self.problem.spec.shape[1] + 1)
+        out = SimpleNamespace(pointer=4098, stride=self.problem.w.shape[1] + 1)
         bias = SimpleNamespace(pointer=6)
         assert self.multiply(1024, K + 8, dependent=False, bias=bias, out=out) is out
         return y
@@ -139,13 +160,17 @@ def test_sm80_gemm_is_told_where_everything_is(monkeypatch: pytest.MonkeyPatch, 
     assert given.multiply_twice().shape == (M, N)
     for second, (kind, stream, blocks, threads, raw, _) in enumerate(given.log):
         assert (kind, stream, blocks, threads) == ("plain", STREAM, grid.blocks, config.threads)
-        assert struct.unpack("=7Q2q9i4xQi4x", raw) == (
-            *(WEIGHT, FACTORS, 1024, 6 if second else 0, 4098 if second else ALLOCATED),
-            *((ALLOCATED, COUNTERS + grid.tiles) if grid.is_cut else (0, 0)),
-            *(K + 8 if second else K, N + 1 if second else N),
-            *(M, N, K, -(-N // 64), K // SLAB_K, grid.tiles_m, grid.tiles),
-            *(True, not second and N % 4 == 0, *STACK),
-        )
+        assert told(sm80_gemm.Args, raw) == {
+            **{"weight": WEIGHT, "factors": FACTORS, "x": 1024, "bias": 6 if second else 0},
+            **{"y": 4098 if second else ALLOCATED},
+            "partials": ALLOCATED if grid.is_cut else 0,
+            "counters": COUNTERS + grid.tiles if grid.is_cut else 0,
+            **{"x_stride": K + 8 if second else K, "y_stride": N + 1 if second else N},
+            **{"M": M, "N": N, "K": K, "slabs_n": -(-N // 64), "slabs_k": K // SLAB_K},
+            **{"tiles_m": grid.tiles_m, "tiles": grid.tiles},
+            **{"x_vector": True, "y_vector": not second and N % 4 == 0},
+            **STACK,
+        }
 
 
 @pytest.mark.parametrize("number", range(3))
@@ -155,16 +180,18 @@ def test_sm90_stream_is_told_where_everything_is(monkeypatch: pytest.MonkeyPatch
     config, clusters = given.configuration.config, given.configuration.clusters
     tiles = -(-N // 64) * 2 // config.halves
     assert given.multiply_twice().shape == (M, N)
-    asked = sm90_stream.dependent_shared_bytes(config, given.w.layout, H200)
+    asked = sm90_stream.dependent_shared_bytes(config, given.problem.w.layout, H200)
     for second, (kind, stream, blocks, threads, raw, shared) in enumerate(given.log):
         assert (kind, shared) == (("plain", 0) if second else ("dependent", asked))
         assert (stream, blocks, threads) == (STREAM, clusters * config.cluster, config.threads)
-        assert struct.unpack_from("=5q", raw) == (1024, M, K, M, 64)
-        assert struct.unpack_from("=3Qq7i4xQi", raw, 128) == (
-            *(WEIGHT, 6 if second else 0, 4098 if second else ALLOCATED),
-            *(N + 1 if second else N, M, N, tiles, K // SLAB_K, -(-tiles // clusters)),
-            *(not second and (N % 4 == 0 or M == 1), not second, *STACK),
-        )
+        assert told(sm90_stream.Args, raw) == {
+            "x": map_of(1024, (M, K), (M, 64)),
+            **{"weight": WEIGHT, "bias": 6 if second else 0, "y": 4098 if second else ALLOCATED},
+            **{"y_stride": N + 1 if second else N, "M": M, "N": N},
+            **{"tiles_n": tiles, "slabs_k": K // SLAB_K, "rounds": -(-tiles // clusters)},
+            **{"y_vector": not second and (N % 4 == 0 or M == 1), "dependent": not second},
+            **STACK,
+        }
 
 
 @pytest.mark.parametrize("number", range(6))
@@ -178,64 +205,78 @@ def test_sm90_wgmma_is_told_where_everything_is(monkeypatch: pytest.MonkeyPatch,
     for second, (kind, stream, blocks, threads, raw, _) in enumerate(given.log):
         assert kind == ("plain" if second else "dependent")
         assert (stream, blocks, threads) == (STREAM, grid.blocks * config.cluster, config.threads)
-        assert struct.unpack_from("=5q", raw) == (1024, M, K, config.tokens, 64)
-        assert struct.unpack_from("=6Qq12iQi", raw, 128) == (
-            *(WEIGHT, FACTORS, 6 if second else 0, 4098 if second else ALLOCATED),
-            *((ALLOCATED, COUNTERS + shared) if shared else (0, 0)),
-            *(N + 1 if second else N, M, N, -(-N // 64)),
-            *(grid.tiles_m, grid.tiles // grid.tiles_m, not second, grid.tiles),
-            *(K // SLAB_K, grid.blocks, grid.whole, *divmod(shared * K // SLAB_K, grid.blocks), *STACK),
-        )
+        stretch, longer = divmod(shared * K // SLAB_K, grid.blocks)
+        assert told(sm90_wgmma.Args, raw) == {
+            "x": map_of(1024, (M, K), (config.tokens, 64)),
+            **{"weight": WEIGHT, "factors": FACTORS, "bias": 6 if second else 0},
+            **{"y": 4098 if second else ALLOCATED},
+            **{"partials": ALLOCATED if shared else 0, "counters": COUNTERS + shared if shared else 0},
+            **{"y_stride": N + 1 if second else N, "M": M, "N": N, "slabs_n": -(-N // 64)},
+            **{"tiles_m": grid.tiles_m, "tiles_n": grid.tiles // grid.tiles_m, "y_vector": not second},
+            **{"schedule.tiles": grid.tiles, "schedule.steps": K // SLAB_K},
+            **{"schedule.blocks": grid.blocks, "schedule.whole": grid.whole},
+            **{"schedule.stretch": stretch, "schedule.longer": longer},
+            **STACK,
+        }
 
 
 @pytest.mark.parametrize(
     "kernel", [sm80_gemm.KERNEL, sm90_stream.KERNEL, sm90_wgmma.KERNEL], ids=lambda each: each.name
 )
-def test_what_is_loaded_is_what_is_compiled_ahead(monkeypatch: pytest.MonkeyPatch, kernel: CudaKernel) -> None:
+def test_what_is_loaded_is_what_is_compiled_ahead(monkeypatch: pytest.MonkeyPatch, kernel: ProductKernel) -> None:
     for number in range(3):
         given = Launches(monkeypatch, kernel, 16, number=number)
         ((*build, arch, device, entry, shared, most),) = given.loaded
         assert tuple(build) == kernel.source(given.problem, given.configuration)
         assert (arch, device, entry) == (H200.arch, H200.index, "gemm")
-        assert shared == given.configuration.config.shared_bytes(given.w.layout)
+        assert shared == given.configuration.config.shared_bytes(given.problem.w.layout)
         assert most <= H200.shared_per_block
         assert str(given.plan) == str(given.configuration)
 
 
-@pytest.mark.parametrize(("kernel", "M"), [(sm90_stream.KERNEL, 16), (sm90_wgmma.KERNEL, 64)])
+#: (address, stride) of x that the copy engine cannot step through.
+UNALIGNED = ((1026, K), (1032, K), (1024, K + 1), (1024, K + 4), (1024, K - 8), (1024, 0), (1024, -K))
+
+
+def test_rows_know_whether_the_copy_engine_can_step_through_them() -> None:
+    for pointer, stride in UNALIGNED:
+        assert not Rows(pointer, stride, 16).is_aligned(K)
+        assert Rows(pointer, stride, 16).is_aligned(K + 1)  # no x of so many columns is: it is not asked for
+    for stride in (K, K + 8, 2 * K):
+        assert Rows(1024, stride, 16).is_aligned(K)
+    for stride in (0, 1, -K):  # of one row the stride is of no account
+        assert Rows(1024, stride, 1).is_aligned(K)
+    assert not Rows(1026, K, 1).is_aligned(K)
+
+
+@pytest.mark.parametrize(("kernel", "M"), [(sm90_stream.KERNEL, 16), (sm90_wgmma.KERNEL, 64), (sm90_wgmma.KERNEL, 1)])
 def test_x_that_the_copy_engine_cannot_read_goes_to_the_portable_kernel(
-    monkeypatch: pytest.MonkeyPatch, kernel: CudaKernel, M: int
+    monkeypatch: pytest.MonkeyPatch, kernel: ProductKernel, M: int
 ) -> None:
-    given = Launches(monkeypatch, kernel, M)
-    places = ((1026, K), (1032, K), (1024, K + 1), (1024, K + 4), (1024, K - 8), (1024, 0), (1024, -K))
-    for pointer, stride in places:
+    spec = Spec("int4", (K, 4096), 128, "float16")
+    aligned = product_of(M, "float16", spec, H200)
+    asked = dataclasses.replace(aligned, x=Operand("float16", aligned=False))
+    assert kernel.refuses(aligned) is None
+    assert "rows of x that start at multiples of 16 bytes and do not overlap" in str(kernel.refuses(asked))
+    assert {each.kernel for each in kernels.GEMM.candidates(asked)} == {"sm80_gemm"}
+    given = Launches(monkeypatch, sm80_gemm.KERNEL, M, aligned=False)
+    for pointer, stride in UNALIGNED:
         assert given.multiply(pointer, stride).shape == (M, 4096)
         kind, *_, raw, _ = given.log.pop()
         assert kind == "plain"
-        assert struct.unpack_from("=7Q2q9i", raw)[2] == pointer
-        assert struct.unpack_from("=7Q2q9i", raw)[7:10] == (stride, 4096, M)
-    first, *others = given.loaded
-    assert first[0].startswith(kernel.name)
-    assert [other[0] for other in others] == ["sm80_gemm-int4-g128-float16"]  # when it was needed, and once
-    strict = Launches(monkeypatch, sm90_wgmma.KERNEL, 64, batch_invariant=True)
-    for pointer, stride in places:
-        with pytest.raises(ValueError, match="batch_invariant needs rows that start at multiples of 16 bytes"):
-            strict.multiply(pointer, stride)
-    assert strict.log == []
-    assert len(strict.loaded) == 1
-    strict.multiply(1024, K)
-    assert len(strict.log) == 1
-    one = Launches(monkeypatch, sm90_wgmma.KERNEL, 1)
-    for stride in (0, 1, -K):  # of one row the stride is of no account
-        one.multiply(1024, stride)
-    assert [entry[0] for entry in one.log] == ["dependent"] * 3
-    assert len(one.loaded) == 1
+        found = told(sm80_gemm.Args, raw)
+        assert (found["x"], found["x_stride"], found["y_stride"], found["M"]) == (pointer, stride, 4096, M)
+        assert found["x_vector"] == Rows(pointer, stride, M).start_at(16)
+    strict = dataclasses.replace(asked, batch_invariant=True)
+    with pytest.raises(ValueError, match=r"sm90_wgmma needs rows of x that start at multiples of 16 .*contiguous copy"):
+        kernels.GEMM.choose(strict)
+    assert kernels.GEMM.choose(dataclasses.replace(strict, x=Operand("float16"))).kernel == "sm90_wgmma"
 
 
 @pytest.mark.parametrize(
     "kernel", [sm80_gemm.KERNEL, sm90_stream.KERNEL, sm90_wgmma.KERNEL], ids=lambda each: each.name
 )
-def test_no_rows_are_no_launch(monkeypatch: pytest.MonkeyPatch, kernel: CudaKernel) -> None:
+def test_no_rows_are_no_launch(monkeypatch: pytest.MonkeyPatch, kernel: ProductKernel) -> None:
     given = Launches(monkeypatch, kernel, 0)
     assert given.multiply(1025, 3).shape == (0, 4096)
     out = SimpleNamespace(pointer=0, stride=0)

@@ -190,7 +190,7 @@ def test_a_decoder_agrees_with_its_format_on_what_a_slab_holds(name: str) -> Non
 
 
 def test_every_kernel_has_both_twins() -> None:
-    on_gpu = {kernel.name for kernel in kernels.KERNELS} - {"reference"}
+    on_gpu = {kernel.name for kernel in kernels.GEMM.kernels} - {"reference"}
     in_cuda = set(cuda_files("kernels"))
     assert on_gpu <= in_cuda
     for name in in_cuda:  # kernels that multiply, and those that only measure

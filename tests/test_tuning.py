@@ -14,12 +14,12 @@ from typing import Any
 
 import numpy as np
 import pytest
-from cases import FORMATS, GPUS, HALF, gaussian, rows
+from cases import FORMATS, GPUS, HALF, gaussian, product_of, rows
 
 import marlin_cupy as mc
 from marlin_cupy import api, device, kernels, progress, tuning
 from marlin_cupy.jit import cache, launch
-from marlin_cupy.kernels import Candidate, Problem, tuned
+from marlin_cupy.kernels import Candidate, Operand, Problem, tuned
 from marlin_cupy.spec import Spec
 
 H200 = dataclasses.replace(GPUS["sm_90a"], name="NVIDIA H200", memory_gbs=4916.0)
@@ -31,7 +31,8 @@ EVERY_M = (1, 8, 9, 16, 17, 32, 64, 100, 128, 512, 4096)
 
 def problem(M: int, K: int = 4096, N: int = 4096, **changes: Any) -> Problem:
     spec = Spec(changes.pop("format", "int4"), (K, N), changes.pop("group_size", 128), "float16")
-    return dataclasses.replace(Problem(M, "float16", spec, H200), **changes)
+    dtype = changes.pop("dtype", "float16")
+    return dataclasses.replace(product_of(M, dtype, spec, H200), **changes)
 
 
 @pytest.fixture
@@ -48,8 +49,8 @@ def cache_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Pa
 def on_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     """Weights in host memory are taken to be on an H200, until something is launched."""
 
-    def as_if(M: int, dtype: str, spec: Spec, _: None, batch_invariant: bool = False) -> Problem:
-        return Problem(M, dtype, spec, H200, batch_invariant)
+    def as_if(M: int, x: Operand, w: Spec, y: str, _: None, batch_invariant: bool = False) -> Problem:
+        return Problem(M, x, w, y, H200, batch_invariant)
 
     monkeypatch.setattr(api, "Problem", as_if)
 
@@ -60,7 +61,7 @@ def on_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize("arch", GPUS)
 def test_candidates_are_sorted_and_have_names_of_their_own(arch: str) -> None:
     for M, (K, N), format in itertools.product(EVERY_M, ((64, 64), (4096, 6144), (28672, 8192)), FORMATS):
-        found = kernels.candidates(dataclasses.replace(problem(M, K, N, format=format), gpu=GPUS[arch]))
+        found = kernels.GEMM.candidates(dataclasses.replace(problem(M, K, N, format=format), gpu=GPUS[arch]))
         assert found
         assert len({each.key for each in found}) == len(found)
         order = [(each.kernel == "sm80_gemm", each.predicted_us) for each in found]  # made for all: last
@@ -70,7 +71,7 @@ def test_candidates_are_sorted_and_have_names_of_their_own(arch: str) -> None:
 
 
 def test_keys_are_short_and_do_not_depend_on_the_process() -> None:
-    found = {each.key for M in (1, 16, 64) for each in kernels.candidates(problem(M))}
+    found = {each.key for M in (1, 16, 64) for each in kernels.GEMM.candidates(problem(M))}
     assert "sm90_stream:1-8-3-2-1-2/64" in found
     assert all(len(key) < 60 and key.isascii() for key in found)
 
@@ -78,7 +79,7 @@ def test_keys_are_short_and_do_not_depend_on_the_process() -> None:
 @pytest.mark.parametrize("arch", GPUS)
 def test_more_work_is_predicted_to_take_longer(arch: str) -> None:
     def best(M: int, K: int, N: int) -> float:
-        return kernels.choose(dataclasses.replace(problem(M, K, N), gpu=GPUS[arch])).predicted_us
+        return kernels.GEMM.choose(dataclasses.replace(problem(M, K, N), gpu=GPUS[arch])).predicted_us
 
     for M, K, N in itertools.product((1, 16, 64, 300), (512, 4096, 16384), (1024, 6144, 40000)):
         assert best(M, 2 * K, N) >= best(M, K, N)
@@ -92,7 +93,7 @@ def test_nothing_is_predicted_to_read_faster_than_the_memory(arch: str) -> None:
         asked = dataclasses.replace(problem(M, K, N), gpu=GPUS[arch])
         floor = kernels.floor_us(asked)
         assert floor is not None
-        assert kernels.candidates(asked)[0].predicted_us > floor > 0
+        assert kernels.GEMM.candidates(asked)[0].predicted_us > floor > 0
     assert kernels.floor_us(problem(1, gpu=None)) is None
 
 
@@ -131,7 +132,7 @@ def test_predictions_are_near_what_was_published(file: str) -> None:
     offered = 0
     for row in published(file):
         asked = problem(row["M"], row["K"], row["N"])
-        found = [each for each in kernels.candidates(asked) if is_of_row(each, row)]
+        found = [each for each in kernels.GEMM.candidates(asked) if is_of_row(each, row)]
         for each in found:
             assert each.predicted_us == pytest.approx(row["us"]["marlin_cupy"], rel=PREDICTION_SLACK), row
         assert kernels.floor_us(asked) == pytest.approx(row["us"]["read_floor"], rel=0.04)
@@ -142,7 +143,7 @@ def test_predictions_are_near_what_was_published(file: str) -> None:
 def test_what_was_published_as_best_is_chosen_or_close_to_it() -> None:
     """What a kernel would take, beside what was published for it; and nothing that is predicted to be much slower."""
     for row in published("h200.json"):
-        found = kernels.candidates(problem(row["M"], row["K"], row["N"]))
+        found = kernels.GEMM.candidates(problem(row["M"], row["K"], row["N"]))
         assert found[0].predicted_us <= (1 + PREDICTION_SLACK) * row["us"]["marlin_cupy"], row
         best = next(each for each in found if each.kernel == row["kernel"])
         for was in (each for each in found if is_of_row(each, row)):
@@ -154,14 +155,14 @@ def test_what_was_published_as_best_is_chosen_or_close_to_it() -> None:
 
 def test_measured_times_decide(cache_folder: Path) -> None:
     asked = problem(16)
-    first, *_, last = kernels.candidates(asked)
-    assert kernels.choose(asked) == first
+    first, *_, last = kernels.GEMM.candidates(asked)
+    assert kernels.GEMM.choose(asked) == first
     assert not cache_folder.exists()  # asking leaves nothing behind
-    assert tuned.remember(asked, {first.key: 9.0, last.key: 5.0, "gone:1-2": 1.0})
-    assert kernels.choose(asked) == last
+    assert kernels.GEMM.remember(asked, {first.key: 9.0, last.key: 5.0, "gone:1-2": 1.0})
+    assert kernels.GEMM.choose(asked) == last
     tuned.forget()  # as another process
-    assert kernels.choose(asked) == last
-    assert tuned.times(asked) == {first.key: 9.0, last.key: 5.0, "gone:1-2": 1.0}
+    assert kernels.GEMM.choose(asked) == last
+    assert kernels.GEMM.times(asked) == {first.key: 9.0, last.key: 5.0, "gone:1-2": 1.0}
 
 
 @pytest.mark.parametrize(
@@ -174,31 +175,32 @@ def test_measured_times_decide(cache_folder: Path) -> None:
         problem(16, format="uint4"),
         problem(16, group_size=64),
         problem(16, dtype="bfloat16"),
+        problem(16, x=Operand("float16", aligned=False)),
         problem(16, gpu=dataclasses.replace(H200, name="NVIDIA H100")),
     ],
-    ids=lambda each: f"{each.M} {each.spec} {each.dtype} {each.gpu.name}",
+    ids=lambda each: f"{each.M} {each.x} {each.w} {each.gpu.name}",
 )
 def test_measured_times_hold_for_that_problem_only(cache_folder: Path, other: Problem) -> None:
-    tuned.remember(problem(16), {each.key: 1.0 for each in kernels.candidates(problem(16))})
-    assert tuned.times(other) == {}
-    assert kernels.choose(other) == kernels.candidates(other)[0]
+    kernels.GEMM.remember(problem(16), {each.key: 1.0 for each in kernels.GEMM.candidates(problem(16))})
+    assert kernels.GEMM.times(other) == {}
+    assert kernels.GEMM.choose(other) == kernels.GEMM.candidates(other)[0]
 
 
 def test_times_of_several_problems_are_kept_together(cache_folder: Path) -> None:
     for M in (1, 2, 3):
         tuned.forget()  # each as a process of its own
-        tuned.remember(problem(M), {"a:1": float(M)})
-    tuned.remember(problem(2), {"a:1": 7.0})
+        kernels.GEMM.remember(problem(M), {"a:1": float(M)})
+    kernels.GEMM.remember(problem(2), {"a:1": 7.0})
     tuned.forget()
-    assert [tuned.times(problem(M)) for M in (1, 2, 3)] == [{"a:1": 1.0}, {"a:1": 7.0}, {"a:1": 3.0}]
+    assert [kernels.GEMM.times(problem(M)) for M in (1, 2, 3)] == [{"a:1": 1.0}, {"a:1": 7.0}, {"a:1": 3.0}]
     assert [each.name for each in cache_folder.iterdir()] == [tuned.FILE]  # no temporary file is left
     assert cache.size(cache_folder) == (0, 0)
 
 
 def test_times_of_other_sources_do_not_count(cache_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    tuned.remember(problem(16), {"a:1": 1.0})
+    kernels.GEMM.remember(problem(16), {"a:1": 1.0})
     monkeypatch.setattr(tuned, "fingerprint", lambda: "of the next version")
-    assert tuned.times(problem(16)) == {}
+    assert kernels.GEMM.times(problem(16)) == {}
 
 
 def test_the_fingerprint_is_that_of_the_sources(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -231,22 +233,22 @@ def test_a_damaged_file_is_ignored_with_one_warning_and_replaced(cache_folder: P
     (cache_folder / tuned.FILE).write_text(DAMAGE[damage])
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        assert kernels.choose(problem(1)) == kernels.candidates(problem(1))[0]
-        kernels.choose(problem(2))
+        assert kernels.GEMM.choose(problem(1)) == kernels.GEMM.candidates(problem(1))[0]
+        kernels.GEMM.choose(problem(2))
         tuned.forget()
-        kernels.choose(problem(1))
-        assert tuned.remember(problem(1), {"a:1": 1.0})
+        kernels.GEMM.choose(problem(1))
+        assert kernels.GEMM.remember(problem(1), {"a:1": 1.0})
     assert len(caught) == 1
     assert tuned.FILE in str(caught[0].message)
     tuned.forget()
-    assert tuned.times(problem(1)) == {"a:1": 1.0}
+    assert kernels.GEMM.times(problem(1)) == {"a:1": 1.0}
 
 
 def test_a_folder_that_cannot_be_written_costs_later_processes_only(cache_folder: Path) -> None:
     cache_folder.parent.mkdir(exist_ok=True)
     cache_folder.write_text("no folder")
-    assert not tuned.remember(problem(1), {"a:1": 1.0})
-    assert tuned.times(problem(1)) == {"a:1": 1.0}
+    assert not kernels.GEMM.remember(problem(1), {"a:1": 1.0})
+    assert kernels.GEMM.times(problem(1)) == {"a:1": 1.0}
 
 
 def test_plans_of_every_weight_are_made_again_after_tuning(
@@ -258,20 +260,19 @@ def test_plans_of_every_weight_are_made_again_after_tuning(
         made.append(candidate)
         return str(candidate)
 
-    monkeypatch.setattr(kernels, "plan", plan)
+    monkeypatch.setattr(kernels.GEMM, "plan", plan)
     weights = [mc.quantize(gaussian(256, 192, seed)) for seed in range(2)]
     for w in weights * 3:
         api.plan_of(w, 16, "float16")
         api.plan_of(w, 1, "float16")
-    assert len(made) == 4
+    assert len(made) == 2
     asked = api.problem_of(weights[0], 16, "float16")
-    slow = kernels.candidates(asked)[-1]
-    tuned.remember(asked, {slow.key: 1.0})
+    slow = kernels.GEMM.candidates(asked)[-1]
+    kernels.GEMM.remember(asked, {slow.key: 1.0})
     for w in weights * 3:
         assert api.plan_of(w, 16, "float16") == str(slow)
-        assert len(w.plans) == 1 + (w.plans.keys() >= {(1, "float16", False, tuned.generation)})
         api.plan_of(w, 1, "float16")
-    assert len(made) == 8
+    assert len(made) == 4
 
 
 # ---- tune
@@ -311,19 +312,19 @@ def test_tune_keeps_the_fastest_per_m(rig: type[FakeRig], capfd: pytest.CaptureF
     assert found.path == str(tuned.path())
     for row in found.rows:
         asked = api.problem_of(w, row.M, "float16")
-        predicted = kernels.candidates(asked)
+        predicted = kernels.GEMM.candidates(asked)
         tried = len(row.candidates)
         assert 2 <= tried <= 8
         assert row.before.predicted_us == predicted[0].predicted_us
         assert row.chosen.us == 101.0 - tried
-        assert kernels.choose(asked) == predicted[tried - 1]
+        assert kernels.GEMM.choose(asked) == predicted[tried - 1]
         assert [each.us for each in row.candidates] == sorted(each.us or np.inf for each in row.candidates)
     text = str(found)
     assert max(map(len, text.splitlines()[:-1])) <= 100
     assert "NVIDIA H200" in text
     assert str(cache_folder_of(found)) in text
     assert capfd.readouterr().err == ""
-    assert tuned.times(api.problem_of(w, 8, "float16")) == {}
+    assert kernels.GEMM.times(api.problem_of(w, 8, "float16")) == {}
 
 
 def cache_folder_of(found: mc.Tuning) -> Path:
@@ -334,8 +335,8 @@ def cache_folder_of(found: mc.Tuning) -> Path:
 def test_tune_again_tries_what_is_used(rig: type[FakeRig]) -> None:
     w = mc.quantize(gaussian(4096, 192, seed=1))
     asked = api.problem_of(w, 1, "float16")
-    last = kernels.candidates(asked)[-1]
-    tuned.remember(asked, {last.key: 1.0})
+    last = kernels.GEMM.candidates(asked)[-1]
+    kernels.GEMM.remember(asked, {last.key: 1.0})
     row = mc.tune(w, 1, progress=False).rows[0]
     assert row.before.config == str(last.configuration)
     assert row.before in row.candidates
@@ -349,7 +350,9 @@ def test_a_wrong_candidate_is_reported_and_never_chosen(rig: type[FakeRig]) -> N
     assert row.candidates[-1].us is None
     assert row.chosen.us == 102.0 - len(row.candidates)
     assert "WRONG" in str(mc.tune(w, 1, progress=False))
-    assert kernels.choose(api.problem_of(w, 1, "float16")).key in tuned.times(api.problem_of(w, 1, "float16"))
+    assert kernels.GEMM.choose(api.problem_of(w, 1, "float16")).key in kernels.GEMM.times(
+        api.problem_of(w, 1, "float16")
+    )
 
 
 def test_tune_without_a_place_to_write_says_so(rig: type[FakeRig], cache_folder: Path) -> None:
@@ -439,7 +442,7 @@ class StepRun:
 def test_the_rig_times_what_is_right_and_reports_what_is_not(
     cache_folder: Path, on_gpu: None, monkeypatch: pytest.MonkeyPatch, dtype: str
 ) -> None:
-    wrong = kernels.candidates(problem(70, 300, 129, dtype=dtype))[1]
+    wrong = kernels.GEMM.candidates(problem(70, 300, 129, dtype=dtype))[1]
 
     class Multiplies:
         def __init__(self, candidate: Candidate) -> None:
@@ -451,7 +454,7 @@ def test_the_rig_times_what_is_right_and_reports_what_is_not(
             values = w.dequantize("float32") * self.factor
             out[...] = (x.astype(np.float32) @ values).astype(out.dtype)
 
-    monkeypatch.setattr(kernels, "plan", lambda asked, candidate: Multiplies(candidate))
+    monkeypatch.setattr(kernels.GEMM, "plan", lambda asked, candidate: Multiplies(candidate))
     monkeypatch.setattr(tuning, "import_cupy", lambda purpose: NumpyAsCupy)
     monkeypatch.setattr(mc.QuantizedTensor, "to", lambda self, where: self)
     monkeypatch.setattr(tuning.timing, "CupyRun", StepRun)
@@ -521,8 +524,6 @@ def test_warmup_compiles_each_kernel_once_and_fills_the_plans(
     weights = [mc.quantize(gaussian(2048, N, seed=1)) for N in (192, 192, 128)]
     count = mc.warmup(weights, (1, 2, 16, 64))
     assert count == len(set(loaded)) >= 3
-    for w in weights:
-        assert {(m, dtype) for m, dtype, *_ in w.plans} == {(m, "float16") for m in (1, 2, 16, 64)}
     loaded.clear()
     for w in weights:
         for m in (1, 2, 16, 64):
@@ -543,7 +544,6 @@ def test_warmup_passes_errors_on(cache_folder: Path, on_gpu: None, monkeypatch: 
 def test_warmup_of_weights_in_host_memory_has_nothing_to_compile() -> None:
     w = mc.quantize(gaussian(100, 63, seed=1))
     assert mc.warmup(w, [1, 5]) == 0
-    assert {key[0] for key in w.plans} == {1, 5}
     assert mc.warmup([], 1) == 0
 
 
@@ -560,8 +560,8 @@ def test_explain_says_why_before_and_after_tuning(cache_folder: Path, on_gpu: No
     assert all(each.measured_us is None for each in found.candidates)
 
     asked = api.problem_of(w, 3, "float16")
-    slow = kernels.candidates(asked)[-1]
-    tuned.remember(asked, {slow.key: 3.25, kernels.candidates(asked)[1].key: 4.5})
+    slow = kernels.GEMM.candidates(asked)[-1]
+    kernels.GEMM.remember(asked, {slow.key: 3.25, kernels.GEMM.candidates(asked)[1].key: 4.5})
     found = mc.explain((3, 4096), "float16", w)
     assert found.config == str(slow.configuration)
     assert found.reason == "mc.tune measured 3.25 us, the least of 2 candidates"
@@ -570,7 +570,7 @@ def test_explain_says_why_before_and_after_tuning(cache_folder: Path, on_gpu: No
     assert max(map(len, text.splitlines())) <= 100
     for part in ("3.25", "4.50", "predicted", "measured", "reading the weight takes about"):
         assert part in text
-    assert set(found.passed_over) == {kernel.name for kernel in kernels.KERNELS} - {found.kernel}
+    assert set(found.passed_over) == {kernel.name for kernel in kernels.GEMM.kernels} - {found.kernel}
     for name in found.passed_over:
         assert f"not {name}: " in text
 
@@ -601,9 +601,9 @@ def test_rows_have_the_same_bits_in_any_company(dtype: str, shape: tuple[int, in
 def test_kernels_that_cannot_promise_it_refuse() -> None:
     asked = problem(4, batch_invariant=True)
     for name in ("sm80_gemm", "sm90_stream"):
-        assert "batch_invariant" in str(kernels.refusals(asked)[name])
+        assert "batch_invariant" in str(kernels.GEMM.refusals(asked)[name])
     with pytest.raises(mc.UnsupportedError, match="batch_invariant was asked for"):
-        kernels.choose(dataclasses.replace(asked, gpu=GPUS["sm_80"]))
+        kernels.GEMM.choose(dataclasses.replace(asked, gpu=GPUS["sm_80"]))
 
 
 def test_explain_takes_batch_invariant() -> None:

@@ -5,7 +5,7 @@
 //   N  W   | slab | slab | slab | slab |              Activation   Float16 or BFloat16: what is written
 //   |      +------+======+======+------+              Slab         where codes and parameters lie
 //   v             |     slabs   |                     SHARED_BYTES
-//                 v             v
+//                 v             v                     Args         what it is launched with
 //          dense (N, 128 * slabs), row-major        and includes formats/<format>.cuh for Codec.
 //
 // Bound by memory: half a byte or one is read per weight, and two are written. A block takes slab after slab, a warp 16
@@ -16,15 +16,6 @@
 #pragma once
 #include "layout.cuh"
 #include "ptx/shared_memory.cuh"
-
-struct Args {
-    const u8* weight;  // packed slabs
-    u16* dense;
-    int N;
-    int slabs_k;     // of the weight
-    int first_slab;  // of the run, along K
-    int slabs;       // of the run, along K
-};
 
 constexpr int ROW_BYTES = 2 * SLAB_K + 16;  // in shared memory: rows start in different banks, at multiples of 16 bytes
 

@@ -1,6 +1,6 @@
 // The read floor: every byte of a buffer is loaded once and nothing is done with it. A kernel that needs the bytes
 // cannot be faster. The generated preamble defines THREADS and LOADS, the 16-byte loads that a thread has under way;
-// the host picks them and the grid by measurement, see marlin_cupy/bench/read_floor.py.
+// the host picks them and the grid by measurement, see marlin_cupy/bench/read_floor.py, which declares Args too.
 //
 //            chunk 0                   chunk 1         chunk i goes to block i % gridDim.x
 //   buffer  | t0 t1 ... | t0 t1 ... | t0 t1 ... | ...  neighbouring threads read neighbouring 16 bytes
@@ -8,12 +8,6 @@
 #pragma once
 #include "ptx/dependent_launch.cuh"
 #include "ptx/types.cuh"
-
-struct Args {
-    const Vec4* data;
-    u32* sink;   // always null: the compiler does not know, so it has to keep the loads
-    i64 count;   // of 16-byte words
-};
 
 // Read once: no place in L1, and whole 256-byte stretches into L2.
 __device__ inline Vec4 load_streaming(const Vec4* address) {
@@ -29,7 +23,7 @@ extern "C" __global__ void __launch_bounds__(THREADS) read_floor(const __grid_co
     allow_next_kernel();
     u32 seen = 0;
     for (i64 chunk = static_cast<i64>(blockIdx.x) * CHUNK; chunk < args.count; chunk += static_cast<i64>(gridDim.x) * CHUNK) {
-        const Vec4* const mine = args.data + chunk + threadIdx.x;
+        const Vec4* const mine = reinterpret_cast<const Vec4*>(args.data) + chunk + threadIdx.x;
         const i64 left = args.count - chunk - threadIdx.x;
         Vec4 words[LOADS] = {};
         if (left > CHUNK - THREADS) {

@@ -8,12 +8,6 @@
 #include "ptx/dependent_launch.cuh"
 #include "ptx/shared_memory.cuh"
 
-struct Args {
-    const u8* data;
-    u32* sink;   // not used
-    i64 count;   // of 16-byte words
-};
-
 extern "C" __global__ void __launch_bounds__(THREADS) read_floor(const __grid_constant__ Args args) {
     extern __shared__ __align__(128) u8 shared[];
     constexpr int WARPS = THREADS / WARP;

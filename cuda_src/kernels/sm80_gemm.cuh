@@ -5,7 +5,7 @@
 //   N  W   | slab | slab | ... |  one block:         Activation   Float16 or BFloat16: x, bias and y
 //   |      +-------------------+  rows x tokens      Slab         where codes and parameters lie
 //   v             x                                  SHARED_BYTES
-//          +---------+   y is written as
+//          +---------+   y is written as             Args         what it is launched with
 //   K  x^T | tokens  |   tokens x rows             and includes formats/<format>.cuh for Codec.
 //          +---------+
 //
@@ -17,25 +17,6 @@
 #include "mainloop/pipeline.cuh"
 #include "mainloop/warp_tile.cuh"
 #include "schedule/stripes.cuh"
-
-struct Args {
-    const u8* weight;    // packed slabs
-    const float* factors; // of each output, see formats/codec.cuh
-    const u16* x;
-    const u16* bias;     // or null
-    u16* y;
-    float* partials;     // two tiles per block where stripes cut tiles
-    u32* counters;       // one per tile, 0 before and after
-    i64 x_stride;        // elements between tokens
-    i64 y_stride;
-    int M, N, K;
-    int slabs_n, slabs_k;
-    int tiles_m;         // token tiles; row tiles follow from the grid
-    int tiles;           // all output tiles
-    int x_vector;        // token rows start at multiples of 16 bytes
-    int y_vector;        // of 8 bytes
-    Stack stack;
-};
 
 struct Tile : Config {
     static constexpr int threads = WARP * Config::warps_n * Config::warps_m * Config::warps_k;

@@ -24,7 +24,7 @@
 //
 // What was tried and what each thing gave: examples/results/laboratory.md.
 //
-// The preamble defines Config, Activation, Slab and SHARED_BYTES, as for sm80_gemm.
+// The preamble defines Config, Activation, Slab, SHARED_BYTES and Args, as for sm80_gemm.
 #pragma once
 #include "epilogue/store.cuh"
 #include "mainloop/warp_tile.cuh"
@@ -33,20 +33,6 @@
 #include "ptx/dependent_launch.cuh"
 #include "ptx/tensor_copy.cuh"
 #include "ptx/warpgroup.cuh"
-
-struct Args {
-    TensorMap x;      // boxes of 64 K x M
-    const u8* weight;
-    const u16* bias;  // or null
-    u16* y;
-    i64 y_stride;     // elements between tokens
-    int M, N;
-    int tiles_n, slabs_k;
-    int rounds;       // tiles of the busiest cluster
-    int y_vector;     // token rows of y start at multiples of 8 bytes
-    int dependent;    // a kernel ahead may still run
-    Stack stack;
-};
 
 struct Tile : Config {
     static constexpr int rows = HALF_N * Config::halves;

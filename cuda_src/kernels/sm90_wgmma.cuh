@@ -21,7 +21,7 @@
 //
 // What was tried and what each thing gave: examples/results/laboratory.md.
 //
-// The preamble defines Config, Activation, Slab and SHARED_BYTES, as for sm80_gemm.
+// The preamble defines Config, Activation, Slab, SHARED_BYTES and Args, as for sm80_gemm.
 #pragma once
 #include "epilogue/exchange.cuh"
 #include "epilogue/turned_store.cuh"
@@ -36,23 +36,6 @@
 #include "schedule/ring.cuh"
 #include "schedule/roles.cuh"
 #include "schedule/segments.cuh"
-
-struct Args {
-    TensorMap x;        // boxes of 64 K x tokens
-    const u8* weight;
-    const float* factors; // per output, a power of two that brings its largest scale near the top of float16
-    const u16* bias;    // or null
-    u16* y;
-    float* partials;    // two tiles per block where blocks share tiles
-    u32* counters;      // one per shared tile, 0 before and after
-    i64 y_stride;       // elements between tokens
-    int M, N;
-    int slabs_n;
-    int tiles_m, tiles_n;
-    int y_vector;       // rows of y start at multiples of 16 bytes
-    Schedule schedule;
-    Stack stack;
-};
 
 struct Tile : Config {
     static constexpr int slabs = Config::wgs_n * Config::row_blocks;  // 64-output blocks

@@ -15,10 +15,11 @@ from rich.console import Console
 from rich.table import Table
 
 from marlin_cupy import frameworks
+from marlin_cupy.api import problem_of
 from marlin_cupy.bench.contenders import Ours, Setup, fill_normal
 from marlin_cupy.bench.shapes import Shape
 from marlin_cupy.device import gpu, gpu_count, import_cupy, no_gpu
-from marlin_cupy.kernels import Problem, sm80_gemm
+from marlin_cupy.kernels import sm80_gemm
 from marlin_cupy.timing import CupyRun, EventTimer, Sampling, interleave, prepare
 
 LAYER = Shape("70b_gate_up", 8192, 57344)
@@ -42,7 +43,7 @@ def measure() -> list[tuple[int, sm80_gemm.RatedConfig, float]]:
             for number, rated in enumerate(found):
                 grid = sm80_gemm.grids(rated, m, weights[0].layout, properties, "float16")[0][1]
                 tiling = sm80_gemm.Tiling(rated.config, grid)
-                plan = sm80_gemm.KERNEL.plan(Problem(m, "float16", weights[0].spec, properties), tiling)
+                plan = sm80_gemm.KERNEL.plan(problem_of(weights[0], m, "float16"), tiling)
                 steps = [functools.partial(plan.multiply, frameworks.of(x), x, w, None, y, False) for w in weights]
                 graphs[str(number)] = prepare(CupyRun(stream, steps, None), time, sampling)
             for index, summary in interleave(graphs, time, sampling).items():

@@ -143,10 +143,12 @@ class Ours(Contender):
         setup = self._setup
         problem = problem_of(self.weights[0], m, setup.dtype, setup.batch_invariant)
         if setup.kernel is None:
-            return kernels.choose(problem)
-        found = [each for each in kernels.candidates(problem) if each.kernel == setup.kernel]
+            return kernels.GEMM.choose(problem)
+        found = [each for each in kernels.GEMM.candidates(problem) if each.kernel == setup.kernel]
         if not found:
-            raise ValueError(f"{setup.kernel} does not serve M = {m}: it {kernels.refusals(problem)[setup.kernel]}.")
+            raise ValueError(
+                f"{setup.kernel} does not serve M = {m}: it {kernels.GEMM.refusals(problem)[setup.kernel]}."
+            )
         return found[0]
 
     def run(self, m: int, dependent: bool) -> Run:
@@ -156,7 +158,7 @@ class Ours(Contender):
             options = {"dependent": dependent, "batch_invariant": self._setup.batch_invariant}
             steps = [functools.partial(matmul, x, weight, None, y, **options) for weight in self.weights]
         else:
-            plan = kernels.plan(
+            plan = kernels.GEMM.plan(
                 problem_of(self.weights[0], m, self._setup.dtype, self._setup.batch_invariant), self._candidate(m)
             )
             steps = [

@@ -6,19 +6,26 @@ There are two ways to read, loads and bulk copies (``read_floor_bulk``); which i
 from __future__ import annotations
 
 import functools
-import struct
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Annotated, Any, NamedTuple
 
 from marlin_cupy.bench import read_floor_bulk
 from marlin_cupy.bench.read_floor_bulk import BulkShape
 from marlin_cupy.device import Gpu
 from marlin_cupy.jit import launch, source
+from marlin_cupy.kernels.arguments import Int64, Struct, pointer
 from marlin_cupy.timing import CupyRun, Sampling, Timer, interleave, prepare
 
-#: struct Args of the twin: two pointers, a count.
-_ARGS = struct.Struct("=2Qq")
-_ARGUMENTS = launch.ArgumentBlock(_ARGS.size)
+
+class Args(Struct):
+    """What both kernels are launched with."""
+
+    data: Annotated[int, pointer("const u8")]
+    sink: Annotated[int, pointer("u32"), "always null: the compiler does not know, so it has to keep the loads"]
+    count: Annotated[Int64, "of 16-byte words"]
+
+
+_ARGUMENTS = launch.ArgumentBlock(Args.size)
 _WORD = 16
 #: Enough to rank launch shapes.
 _TRIAL = Sampling(sample_ms=2.0, samples=5, warmup_rounds=1)
@@ -74,7 +81,7 @@ CANDIDATES: tuple[Shape, ...] = (
 
 def kernel_source(shape: Shape) -> str:
     """The complete CUDA source."""
-    return source.inline(f'{shape.constants}\n#include "kernels/{shape.kernel}.cuh"')
+    return source.specialized(shape.kernel, shape.constants, *Args.cpp())
 
 
 class Reader:
@@ -93,7 +100,7 @@ class Reader:
         """Read all of ``buffer``, whose size is a multiple of 16 bytes."""
         assert buffer.nbytes % _WORD == 0
         chunks = -(-buffer.nbytes // self.shape.chunk_bytes)
-        _ARGS.pack_into(_ARGUMENTS.data, 0, buffer.data.ptr, 0, buffer.nbytes // _WORD)
+        Args.packer.pack_into(_ARGUMENTS.data, 0, buffer.data.ptr, 0, buffer.nbytes // _WORD)
         blocks = min(self._blocks, chunks)
         self._function.launch(blocks, self.shape.threads, stream, _ARGUMENTS, self._dependent)
 

@@ -81,7 +81,7 @@ def run(
     kinds = list(dict.fromkeys(launches or [PLAIN]))
     if not set(kinds) <= {PLAIN, DEPENDENT}:
         raise ValueError(f"launch is {', '.join(kinds)}; use {PLAIN} or {DEPENDENT}.")
-    names_of_kernels = [each.name for each in kernels.KERNELS]
+    names_of_kernels = [each.name for each in kernels.GEMM.kernels]
     if kernel is not None and kernel not in names_of_kernels:
         raise ValueError(f"kernel is {kernel!r}; use one of {', '.join(names_of_kernels)}.")
     sampling = QUICK_SAMPLING if quick else Sampling()

@@ -21,9 +21,9 @@ from marlin_cupy.device import cuda, gpu
 from marlin_cupy.errors import DeviceError
 from marlin_cupy.formats.scalars import HALF_DTYPES
 from marlin_cupy.frameworks.torch import FRAMEWORK
-from marlin_cupy.kernels import Problem, dequantize, tuned
+from marlin_cupy.kernels import Dense, Operand, Problem, dequantize
 from marlin_cupy.kernels.cuda import CudaPlan
-from marlin_cupy.kernels.operands import PackedWeight
+from marlin_cupy.kernels.operands import PackedWeight, Rows
 from marlin_cupy.layout import SLAB_K
 from marlin_cupy.spec import Spec
 from marlin_cupy.tensor import QuantizedTensor
@@ -32,8 +32,8 @@ from marlin_cupy.writes import of_gpu
 _SPEC = "str format, int K, int N, int group_size, str scale_dtype"
 #: Strides of x reach the kernel as they are in eager mode: no copy where inductor would have liked other ones.
 _TAGS = (torch.Tag.pt2_compliant_tag, torch.Tag.needs_fixed_stride_order)
-#: Plans that are kept: one per number of rows and shape of weight.
-_PLANS = 4096
+#: Problems that are kept: one per number of rows and shape of weight.
+_PROBLEMS = 4096
 
 _library: Any = torch.library  # parts of it have no types
 _LIBRARY = _library.Library("marlin_cupy", "DEF")
@@ -124,8 +124,9 @@ def _matmul_cpu(
     dependent: bool,
 ) -> Any:
     w = QuantizedTensor(Spec(format, (K, N), group_size, scale_dtype), packed)
-    problem = Problem(x.numel() // K, FRAMEWORK.dtype(x), w.spec, None, batch_invariant)
-    return kernels.plan(problem, kernels.choose(problem)).multiply(FRAMEWORK, x, w, bias, None, dependent)
+    dtype = FRAMEWORK.dtype(x)
+    problem = Problem(x.numel() // K, Operand(dtype), w.spec, dtype, None, batch_invariant)
+    return kernels.GEMM.ready(problem).multiply(FRAMEWORK, x, w, bias, None, dependent)
 
 
 def _matmul_cuda(
@@ -145,27 +146,20 @@ def _matmul_cuda(
         x = x.contiguous()
     if bias is not None:
         bias = bias.contiguous()
-    index = packed.get_device()
-    plan = _plan(
-        x.numel() // K,
-        FRAMEWORK.dtype(x),
-        format,
-        K,
-        N,
-        group_size,
-        scale_dtype,
-        index,
-        batch_invariant,
-        tuned.generation,
-    )
+    index, m = packed.get_device(), x.numel() // K
+    aligned = m == 0 or Rows.of(FRAMEWORK, x, m).is_aligned(K)
+    problem = _problem(m, FRAMEWORK.dtype(x), aligned, format, K, N, group_size, scale_dtype, index, batch_invariant)
     w = PackedWeight(packed.data_ptr(), range_factors.data_ptr(), cuda(index), of_gpu(index))
+    plan = kernels.GEMM.ready(problem)
+    assert isinstance(plan, CudaPlan)
     return plan.multiply(FRAMEWORK, x, w, bias, None, dependent)
 
 
-@functools.lru_cache(_PLANS)
-def _plan(
+@functools.lru_cache(_PROBLEMS)
+def _problem(
     m: int,
     dtype: str,
+    aligned: bool,
     format: str,
     K: int,
     N: int,
@@ -173,13 +167,10 @@ def _plan(
     scale_dtype: str,
     index: int,
     batch_invariant: bool,
-    generation: int,
-) -> CudaPlan[Any]:
-    """Made again when something was tuned, which counts the generation up."""
-    problem = Problem(m, dtype, Spec(format, (K, N), group_size, scale_dtype), gpu(index), batch_invariant)
-    plan = kernels.plan(problem, kernels.choose(problem))
-    assert isinstance(plan, CudaPlan)
-    return plan
+) -> Problem:
+    """The same object each time, which is quick to look up."""
+    spec = Spec(format, (K, N), group_size, scale_dtype)
+    return Problem(m, Operand(dtype, aligned=aligned), spec, dtype, gpu(index), batch_invariant)
 
 
 def _matmul_setup(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
@@ -226,9 +217,10 @@ def _transposed_cuda(
     w = PackedWeight(packed.data_ptr(), range_factors.data_ptr(), cuda(index), of_gpu(index))
     rows = y.reshape(-1, N)
     x = rows.new_empty((rows.shape[0], K))
+    plan = kernels.DEQUANTIZE.ready(Dense(spec, FRAMEWORK.dtype(y), gpu(index)))
     for run in dequantize.runs(spec):
         columns = x[:, SLAB_K * run.start : SLAB_K * run.stop]
-        torch.mm(rows, dequantize.dense(FRAMEWORK, w, spec, FRAMEWORK.dtype(y), run), out=columns)
+        torch.mm(rows, plan.dense(FRAMEWORK, w, run), out=columns)
     return x.reshape(*y.shape[:-1], K)
 
 

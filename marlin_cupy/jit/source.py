@@ -41,22 +41,21 @@ def inline(text: str) -> str:
     return "\n".join(expand(text)) + "\n"
 
 
-def specialized(kernel: str, spec: Spec, dtype: str, config: str, shared_bytes: int, stacked: bool = False) -> str:
-    """The complete source of ``cuda_src/kernels/<kernel>.cuh`` for a weight, an activation dtype and a configuration.
+def specialized(kernel: str, *preamble: str) -> str:
+    """The complete source of ``cuda_src/kernels/<kernel>.cuh`` after the lines that say what it is built for."""
+    return inline("\n".join(['#include "ptx/types.cuh"', *preamble, f'#include "kernels/{kernel}.cuh"']))
 
-    Args:
-        config: the C++ struct Config.
-        shared_bytes: dynamic shared memory that the host reserves; the kernel asserts that it needs as much.
-        stacked: for one weight of several, whose number is in device memory.
-    """
-    layout = spec.layout
-    lines = [
-        '#include "ptx/types.cuh"',
-        config,
-        f"using Activation = {_CPP_TYPES[dtype]};",
-        layout.cpp(),
-        f"constexpr int SHARED_BYTES = {shared_bytes};",
-        f"constexpr bool STACKED = {str(stacked).lower()};",
-    ]
-    lines += [f'#include "formats/{spec.format}.cuh"', f'#include "kernels/{kernel}.cuh"']
-    return inline("\n".join(lines))
+
+def scalar(alias: str, dtype: str) -> str:
+    """The line that names the C++ type of float16 or bfloat16 values."""
+    return f"using {alias} = {_CPP_TYPES[dtype]};"
+
+
+def weight(spec: Spec) -> list[str]:
+    """The lines that say how a packed weight is stored: Slab, and constants of its format."""
+    return [spec.layout.cpp()]
+
+
+def codec(spec: Spec) -> list[str]:
+    """The lines that say what its codes mean: Codec."""
+    return [f'#include "formats/{spec.format}.cuh"']

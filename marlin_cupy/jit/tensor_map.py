@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ctypes
-import functools
 
 from marlin_cupy.jit.launch import driver_library
 
@@ -14,7 +13,6 @@ _BYTES = 128
 _ALIGNMENT = 64
 
 
-@functools.lru_cache(maxsize=4096)
 def of_matrix(pointer: int, dtype: str, shape: tuple[int, int], stride: int, box: tuple[int, int]) -> bytes:
     """The encoded map of a row-major matrix, read in boxes with the 128-byte swizzle; zeros beyond its edges.
 

@@ -72,5 +72,5 @@ def floor_us(problem: Problem) -> float | None:
     """
     if problem.gpu is None:
         return None
-    nbytes = math.prod(problem.spec.layout.packed_shape)
+    nbytes = math.prod(problem.w.layout.packed_shape)
     return _FLOOR_LAUNCH_US + nbytes / (problem.gpu.memory_gbs * _FLOOR_SHARE * 1e3)

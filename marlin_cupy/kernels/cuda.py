@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from typing import Any, ClassVar, Generic, TypeVar
@@ -11,8 +10,10 @@ from typing import Any, ClassVar, Generic, TypeVar
 from marlin_cupy.device import Gpu
 from marlin_cupy.frameworks import Framework, StreamFramework
 from marlin_cupy.jit import launch, source
+from marlin_cupy.kernels.arguments import Struct
 from marlin_cupy.kernels.operands import Launcher, Rows, Weight
-from marlin_cupy.kernels.problem import Configuration, Kernel, Plan, Problem
+from marlin_cupy.kernels.operation import Asked, Configuration, Kernel
+from marlin_cupy.kernels.problem import Plan, Problem, Stacked
 from marlin_cupy.layout import Layout
 from marlin_cupy.spec import Spec
 
@@ -76,23 +77,24 @@ class CudaConfiguration(Configuration):
 
 
 C = TypeVar("C", bound=CudaConfiguration)
+P = TypeVar("P", bound=Asked)
+R = TypeVar("R")
 
 
-@dataclass(frozen=True)
 class CudaPlan(Plan, Generic[C]):
-    """Everything about a launch that does not depend on pointers."""
+    """Everything about a product that does not depend on pointers; a kernel's own class adds what it launches with."""
 
-    function: launch.Function
-    configuration: C
-    problem: Problem
+    def __init__(self, function: launch.Function, configuration: C, problem: Problem) -> None:
+        self.function = function
+        self.configuration = configuration
+        self.problem = problem
+        self.layout = problem.w.layout
+        self.threads = configuration.config.threads
+        #: What a Stack holds besides the layer.
+        self.layers = problem.select.layers if isinstance(problem.select, Stacked) else 1
 
     def __str__(self) -> str:
         return str(self.configuration)
-
-    @functools.cached_property
-    def layout(self) -> Layout:
-        """That of the weight."""
-        return self.problem.spec.layout
 
     def multiply(
         self, framework: Framework, x: Any, w: Weight, bias: Any | None, out: Any | None, dependent: bool
@@ -102,7 +104,7 @@ class CudaPlan(Plan, Generic[C]):
         m = self.problem.M
         y = out
         if y is None:
-            y = framework.empty((*x.shape[:-1], self.problem.spec.shape[1]), self.problem.dtype, w.device)
+            y = framework.empty((*x.shape[:-1], self.problem.w.shape[1]), self.problem.y, w.device)
         if m > 0:
             bias_pointer = 0 if bias is None else framework.pointer(bias)
             self.enqueue(framework, Rows.of(framework, x, m), w, bias_pointer, Rows.of(framework, y, m), dependent)
@@ -113,36 +115,52 @@ class CudaPlan(Plan, Generic[C]):
         """Launch for one row of x or more; ``bias`` is an address, 0 where there is none."""
 
 
-class CudaKernel(Kernel):
-    """A kernel whose configurations are :class:`CudaConfiguration`."""
+class CudaKernel(Kernel[P, R]):
+    """A kernel for weights of a format, its granule and a dtype of activations, in blocks of some shape."""
 
-    #: Its plan.
-    plan_type: ClassVar[type[CudaPlan[Any]]]
+    #: The function in the twin.
+    entry: ClassVar[str]
+    #: What it is launched with.
+    arguments: ClassVar[type[Struct]]
 
     def source_of(self, spec: Spec, dtype: str, config: Block, stacked: bool = False) -> tuple[str, str]:
-        """(name, source) for a format, its granule, an activation dtype and a block; see Problem for ``stacked``.
+        """(name, source) for a format, its granule, an activation dtype and a block; ``stacked`` for weights in stacks.
 
         The name is that of a readable file, to which the cache adds a hash; the source is complete.
         """
-        name = f"{self.name}-{spec.format}-g{spec.layout.granule}-{dtype}"
-        return name, source.specialized(self.name, spec, dtype, config.cpp(), config.shared_bytes(spec.layout), stacked)
+        return f"{self.name}-{spec.format}-g{spec.layout.granule}-{dtype}", source.specialized(
+            self.name,
+            config.cpp(),
+            source.scalar("Activation", dtype),
+            *source.weight(spec),
+            f"constexpr int SHARED_BYTES = {config.shared_bytes(spec.layout)};",
+            f"constexpr bool STACKED = {str(stacked).lower()};",
+            *source.codec(spec),
+            *self.arguments.cpp(),
+        )
+
+    def load(self, code: tuple[str, str], config: Block, layout: Layout, gpu: Gpu) -> launch.Function:
+        """What :meth:`source_of` made for a block, compiled and loaded."""
+        shared_bytes, most = config.shared_bytes(layout), config.most_shared_bytes(gpu)
+        return launch.load(*code, gpu.arch, gpu.index, self.entry, shared_bytes, most)
+
+
+class ProductKernel(CudaKernel[Problem, Plan]):
+    """A kernel of ``gemm`` whose configurations are :class:`CudaConfiguration`."""
+
+    entry = "gemm"
+    #: Its plan.
+    plan_type: ClassVar[type[CudaPlan[Any]]]
 
     def source(self, problem: Problem, configuration: Configuration) -> tuple[str, str]:
         """(name, source) for its block."""
         assert isinstance(configuration, CudaConfiguration)
-        return self.source_of(problem.spec, problem.dtype, configuration.config, problem.stacked)
+        return self.source_of(problem.w, problem.x.dtype, configuration.config, isinstance(problem.select, Stacked))
 
     def plan(self, problem: Problem, configuration: Configuration) -> CudaPlan[Any]:
         """Compile and load its block."""
         assert problem.gpu is not None
         assert isinstance(configuration, CudaConfiguration)
-        config = configuration.config
-        function = launch.load(
-            *self.source(problem, configuration),
-            problem.gpu.arch,
-            problem.gpu.index,
-            "gemm",
-            config.shared_bytes(problem.spec.layout),
-            config.most_shared_bytes(problem.gpu),
-        )
+        code = self.source(problem, configuration)
+        function = self.load(code, configuration.config, problem.w.layout, problem.gpu)
         return self.plan_type(function, configuration, problem)

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple, Protocol
+from typing import Annotated, Any, NamedTuple, Protocol
 
 from marlin_cupy.device import Device
 from marlin_cupy.frameworks import StreamFramework
 from marlin_cupy.jit import launch
+from marlin_cupy.kernels.arguments import Int, Struct, pointer
 from marlin_cupy.writes import Writes
 
 
@@ -29,21 +30,20 @@ class Rows(NamedTuple):
         rows = framework.rows(array)
         return Rows(framework.pointer(rows), framework.strides(rows)[0], number)
 
+    def is_aligned(self, columns: int) -> bool:
+        """Whether x of so many columns that lies so is aligned; see :class:`Operand`."""
+        return columns % 8 != 0 or (self.start_at(16) and (self.number == 1 or self.stride >= columns))
+
     def start_at(self, nbytes: int) -> bool:
         """Whether every row starts at a multiple of so many bytes."""
         return self.pointer % nbytes == 0 and (self.number == 1 or 2 * self.stride % nbytes == 0)
 
 
-class Stack(NamedTuple):
-    """Which weight of several in one array is meant.
+class Stack(Struct, header="layout.cuh"):
+    """Which weight of several in one array is multiplied: in the arguments of kernels that are built for it."""
 
-    Attributes:
-        layer: device address of its number, int32; 0 where there is one weight.
-        layers: how many there are.
-    """
-
-    layer: int = 0
-    layers: int = 1
+    layer: Annotated[int, pointer("const int"), "its number, read when the kernel runs; null where there is one weight"]
+    layers: Annotated[Int, "how many there are"]
 
 
 class Weight(Protocol):
@@ -66,8 +66,8 @@ class Weight(Protocol):
         """The record of that GPU."""
 
     @property
-    def stack(self) -> tuple[int, int]:
-        """A :class:`Stack` where pointers are to several weights; launches with one must be plain."""
+    def layer_pointer(self) -> int:
+        """Device address of the number, int32, of one of several weights; launches with one must be plain. Else 0."""
 
 
 class PackedWeight(NamedTuple):
@@ -77,7 +77,7 @@ class PackedWeight(NamedTuple):
     factors_pointer: int
     device: Device
     writes: Writes
-    stack: tuple[int, int] = Stack()
+    layer_pointer: int = 0
 
 
 class Launcher(Protocol):
@@ -98,7 +98,7 @@ class Launcher(Protocol):
 
 
 class Exchange(NamedTuple):
-    """Memory by which blocks add up tiles that they share; addresses are 0 where they share none.
+    """Memory by which blocks add up tiles that they share.
 
     Attributes:
         memory: the array that the partial tiles are in: whoever launches keeps it until that is done.
@@ -106,17 +106,19 @@ class Exchange(NamedTuple):
         counters: address of a zero per shared tile.
     """
 
-    memory: Any
-    partials: int
-    counters: int
+    memory: Any = None
+    partials: int = 0
+    counters: int = 0
 
     @staticmethod
     def of(launcher: Launcher, device: Device, stream: int, floats: int, shared_tiles: int) -> Exchange:
-        """For a launch on ``stream`` whose partial tiles are so many float32."""
-        if shared_tiles == 0:
-            return Exchange(None, 0, 0)
+        """For a launch on ``stream`` whose partial tiles, some there are, are so many float32."""
         memory = launcher.empty((floats,), "float32", device)
         partials, counters = launcher.pointer(memory), launch.counters(device.index)
         if launcher.exclusive:
             return Exchange(memory, partials, counters.beside(partials, shared_tiles))
         return Exchange(memory, partials, counters.address(stream, shared_tiles))
+
+
+#: Where blocks share no tile.
+NO_EXCHANGE = Exchange()

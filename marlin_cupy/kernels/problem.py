@@ -1,68 +1,128 @@
-"""What is to be computed, and what a kernel has to say about it."""
+"""What a product is asked to be: its operands, which weight each row meets, where."""
 
 from __future__ import annotations
 
+import enum
+import functools
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any
 
 from marlin_cupy.device import Gpu
+from marlin_cupy.formats.scalars import HALF_DTYPES
 from marlin_cupy.frameworks import Framework
+from marlin_cupy.kernels.operation import Asked
 from marlin_cupy.spec import Spec
 from marlin_cupy.tensor import QuantizedTensor
 
 
-@dataclass(frozen=True)
-class Problem:
-    """y (M, N) = x (M, K) @ W (K, N) for a weight of ``spec`` with activations of ``dtype``.
+class Scales(enum.Enum):
+    """What comes along with the elements of an operand."""
 
-    ``gpu`` is None where the weight lives in host memory. With ``batch_invariant`` a row of y must have the same bits
-    whatever M is and whatever the other rows hold. ``stacked``: the weight is one of several in one array, and
-    which one is read from device memory.
+    NONE = "none"
+    ROWS = "a scale and a sum per row"
+
+
+@dataclass(frozen=True)
+class Operand:
+    """Activations x (M, K).
+
+    Attributes:
+        dtype: of the elements.
+        scales: what comes along with them.
+        aligned: rows start at multiples of 16 bytes, as those of a contiguous x do if K is a multiple of 8, and do not
+            overlap. For other K it says nothing, and is true.
+    """
+
+    dtype: str
+    scales: Scales = Scales.NONE
+    aligned: bool = True
+
+
+@dataclass(frozen=True)
+class One:
+    """All rows are multiplied by the one weight that there is."""
+
+
+@dataclass(frozen=True)
+class Stacked:
+    """All rows are multiplied by one of several weights in one array; which one is read from device memory."""
+
+    layers: int
+
+
+@dataclass(frozen=True)
+class Grouped:
+    """Groups of rows are multiplied by weights of their own."""
+
+    groups: int
+
+
+Select = One | Stacked | Grouped
+ONE = One()
+
+
+@dataclass(frozen=True)
+class Problem(Asked):
+    """y (M, N) = x (M, K) @ W (K, N).
+
+    Attributes:
+        M: rows of x.
+        x: what they are.
+        w: the weight.
+        y: dtype of the result.
+        gpu: where the weight lives; None in host memory.
+        batch_invariant: a row of y must have the same bits whatever M is and whatever the other rows hold.
+        select: which weight a row is multiplied by.
     """
 
     M: int
-    dtype: str
-    spec: Spec
+    x: Operand
+    w: Spec
+    y: str
     gpu: Gpu | None
     batch_invariant: bool = False
-    stacked: bool = False
+    select: Select = ONE
 
+    @functools.cached_property
+    def _hash(self) -> int:
+        return hash((self.M, self.x, self.w, self.y, self.gpu, self.batch_invariant, self.select))
 
-class Configuration(ABC):
-    """Everything that a kernel has decided about a launch, a frozen dataclass; ``str`` tells it in words."""
-
-    #: Whether it has dependent launches.
-    dependent: ClassVar[bool] = False
-
-    @property
-    @abstractmethod
-    def key(self) -> str:
-        """A short name, different for every configuration of the kernel and the same in every process."""
-
-
-@dataclass(frozen=True)
-class Candidate:
-    """One way to compute a problem.
-
-    Attributes:
-        kernel: name of the kernel.
-        configuration: what it would be launched with.
-        predicted_us: microseconds that the kernel's model expects with a cold weight; infinite where it has no model.
-    """
-
-    kernel: str
-    configuration: Configuration
-    predicted_us: float
+    def __hash__(self) -> int:
+        return self._hash  # plans are looked up by it again and again
 
     @property
-    def key(self) -> str:
-        """Names the kernel and the configuration; the same in every process, so that it can be kept in a file."""
-        return f"{self.kernel}:{self.configuration.key}"
+    def identity(self) -> dict[str, Any]:
+        """All that its time depends on besides the GPU, as JSON holds it."""
+        return {
+            "format": self.w.format,
+            "granule": self.w.layout.granule,
+            "group_size": self.w.group_size,
+            "K": self.w.shape[0],
+            "N": self.w.shape[1],
+            "scale_dtype": self.w.scale_dtype,
+            "dtype": self.x.dtype,
+            "scales": self.x.scales.value,
+            "aligned": self.x.aligned,
+            "y": self.y,
+            "groups": self.select.groups if isinstance(self.select, Grouped) else None,
+            "batch_invariant": self.batch_invariant,
+            "M": self.M,
+        }
 
-    def __str__(self) -> str:
-        return f"{self.kernel}: {self.configuration}"
+
+def refuses_operands(problem: Problem) -> str | None:
+    """What the seams have room for and no kernel serves yet."""
+    x = problem.x
+    if x.dtype not in HALF_DTYPES:
+        return f"takes {' or '.join(HALF_DTYPES)} activations, not {x.dtype}"
+    if x.scales is not Scales.NONE:
+        return f"takes activations by themselves, not with {x.scales.value}"
+    if problem.y != x.dtype:
+        return f"gives y the dtype of x, {x.dtype}, not {problem.y}"
+    if isinstance(problem.select, Grouped):
+        return f"multiplies all rows by one weight, not {problem.select.groups} groups of rows by weights of their own"
+    return None
 
 
 class Plan(ABC):
@@ -76,31 +136,3 @@ class Plan(ABC):
 
         ``dependent`` allows a dependent launch; a kernel that has none ignores it.
         """
-
-
-class Kernel(ABC):
-    """One way to compute a tile; the host twin of ``cuda_src/kernels/<name>.cuh`` where it runs on a GPU."""
-
-    name: str
-    #: The architecture that it is made for. Predictions choose it there before a kernel that is made for all.
-    made_for: ClassVar[str | None] = None
-
-    @abstractmethod
-    def refuses(self, problem: Problem) -> str | None:
-        """Why this kernel does not serve ``problem``; None if it does."""
-
-    @abstractmethod
-    def candidates(self, problem: Problem) -> list[Candidate]:
-        """What is worth trying for a problem that it does not refuse, at least one, in any order."""
-
-    @abstractmethod
-    def source(self, problem: Problem, configuration: Configuration) -> tuple[str, str] | None:
-        """(name, CUDA source) that a configuration of this kernel needs, for compiling ahead; None on the CPU."""
-
-    @abstractmethod
-    def plan(self, problem: Problem, configuration: Configuration) -> Plan:
-        """Compile and load what a configuration of this kernel needs."""
-
-    def variants(self, spec: Spec, dtype: str, gpu: Gpu) -> Iterator[tuple[str, str]]:
-        """(name, source) of every CUDA kernel that weights of ``spec`` can need on ``gpu``, for compiling ahead."""
-        return iter(())

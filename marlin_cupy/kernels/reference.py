@@ -8,9 +8,9 @@ from typing import Any
 
 import numpy
 
-from marlin_cupy.formats.scalars import HALF_DTYPES
 from marlin_cupy.frameworks import Framework
-from marlin_cupy.kernels.problem import Candidate, Configuration, Kernel, Plan, Problem
+from marlin_cupy.kernels.operation import Candidate, Configuration, Kernel
+from marlin_cupy.kernels.problem import Plan, Problem, refuses_operands
 from marlin_cupy.tensor import QuantizedTensor
 
 
@@ -67,7 +67,7 @@ def _one_by_one(rows: Any, values: Any) -> Any:
     return block
 
 
-class Reference(Kernel):
+class Reference(Kernel[Problem, Plan]):
     """Serves every weight in host memory; no full float32 copy of the weight is made."""
 
     name = "reference"
@@ -76,8 +76,8 @@ class Reference(Kernel):
         """Weights on a GPU, other activation dtypes."""
         if problem.gpu is not None:
             return f"computes in host memory, and the weight is on cuda:{problem.gpu.index}"
-        if problem.dtype not in HALF_DTYPES:
-            return f"takes {' or '.join(HALF_DTYPES)} activations, not {problem.dtype}"
+        if (reason := refuses_operands(problem)) is not None:
+            return reason
         return None
 
     def candidates(self, problem: Problem) -> list[Candidate]:

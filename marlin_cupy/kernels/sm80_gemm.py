@@ -3,25 +3,50 @@
 from __future__ import annotations
 
 import dataclasses
-import struct
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Annotated
 
 from marlin_cupy.device import Gpu
-from marlin_cupy.formats.scalars import HALF_DTYPES
 from marlin_cupy.jit import launch
+from marlin_cupy.kernels.arguments import Int, Int64, Struct, pointer
 from marlin_cupy.kernels.costs import DecodeFactors, can_scale, read_us
-from marlin_cupy.kernels.cuda import Block, CudaConfiguration, CudaKernel, CudaPlan, shared_budget
-from marlin_cupy.kernels.operands import Exchange, Launcher, Rows, Weight
-from marlin_cupy.kernels.problem import Candidate, Problem
+from marlin_cupy.kernels.cuda import Block, CudaConfiguration, CudaPlan, ProductKernel, shared_budget
+from marlin_cupy.kernels.operands import NO_EXCHANGE, Exchange, Launcher, Rows, Stack, Weight
+from marlin_cupy.kernels.operation import Candidate
+from marlin_cupy.kernels.problem import Problem, refuses_operands
 from marlin_cupy.layout import HALF_N, SLAB_K, SLAB_N, Layout
 from marlin_cupy.spec import Spec
 
 _MIN_ARCH = 80
-#: struct Args of the twin: seven pointers, two strides, nine ints.
-_ARGS = struct.Struct("=7Q2q9i4xQi4x")
-_ARGUMENTS = launch.ArgumentBlock(_ARGS.size)
 _WARP = 32
+
+
+class Args(Struct):
+    """What the kernel is launched with."""
+
+    weight: Annotated[int, pointer("const u8"), "packed slabs"]
+    factors: Annotated[int, pointer("const float"), "of each output, see formats/codec.cuh"]
+    x: Annotated[int, pointer("const u16")]
+    bias: Annotated[int, pointer("const u16"), "or null"]
+    y: Annotated[int, pointer("u16")]
+    partials: Annotated[int, pointer("float"), "two tiles per block where stripes cut tiles"]
+    counters: Annotated[int, pointer("u32"), "one per tile, 0 before and after"]
+    x_stride: Annotated[Int64, "elements between tokens"]
+    y_stride: Annotated[Int64, "elements between tokens"]
+    M: Int
+    N: Int
+    K: Int
+    slabs_n: Int
+    slabs_k: Int
+    tiles_m: Annotated[Int, "token tiles; row tiles follow from the grid"]
+    tiles: Annotated[Int, "all output tiles"]
+    x_vector: Annotated[Int, "token rows start at multiples of 16 bytes"]
+    y_vector: Annotated[Int, "token rows start at multiples of 8 bytes"]
+    stack: Stack
+
+
+_pack, _ARGUMENTS = Args.packer.pack_into, launch.ArgumentBlock(Args.size)
 
 
 @dataclass(frozen=True)
@@ -253,14 +278,19 @@ def grids(rated: RatedConfig, m: int, layout: Layout, gpu: Gpu, dtype: str) -> l
 class Sm80Plan(CudaPlan[Tiling]):
     """Plain launches only."""
 
+    def __init__(self, function: launch.Function, configuration: Tiling, problem: Problem) -> None:
+        super().__init__(function, configuration, problem)
+        grid, (slabs_n, slabs_k, _) = configuration.grid, self.layout.packed_shape
+        self._blocks, self._shared_tiles = grid.blocks, grid.tiles if grid.is_cut else 0
+        self._floats = configuration.exchange_floats
+        self._sizes = problem.M, self.layout.N, self.layout.K, slabs_n, slabs_k, grid.tiles_m, grid.tiles
+
     def enqueue(self, launcher: Launcher, x: Rows, w: Weight, bias: int, y: Rows, dependent: bool) -> None:
         """Launch."""
-        config, grid = self.configuration.config, self.configuration.grid
-        stream = launcher.stream(w.device)
-        floats = self.configuration.exchange_floats
-        exchange = Exchange.of(launcher, w.device, stream, floats, grid.tiles if grid.is_cut else 0)
-        slabs_n, slabs_k, _ = self.layout.packed_shape
-        _ARGS.pack_into(
+        stream, exchange = launcher.stream(w.device), NO_EXCHANGE
+        if self._shared_tiles:
+            exchange = Exchange.of(launcher, w.device, stream, self._floats, self._shared_tiles)
+        _pack(
             _ARGUMENTS.data,
             0,
             w.pointer,
@@ -272,24 +302,20 @@ class Sm80Plan(CudaPlan[Tiling]):
             exchange.counters,
             x.stride,
             y.stride,
-            x.number,
-            self.layout.N,
-            self.layout.K,
-            slabs_n,
-            slabs_k,
-            grid.tiles_m,
-            grid.tiles,
+            *self._sizes,
             x.start_at(16),
             y.start_at(8),
-            *w.stack,
+            w.layer_pointer,
+            self.layers,
         )
-        self.function.launch(grid.blocks, config.threads, stream, _ARGUMENTS)
+        self.function.launch(self._blocks, self.threads, stream, _ARGUMENTS)
 
 
-class Sm80Gemm(CudaKernel):
+class Sm80Gemm(ProductKernel):
     """Every shape, format, group size and 16-bit dtype, on sm_80 and later."""
 
     name = "sm80_gemm"
+    arguments = Args
     plan_type = Sm80Plan
 
     def refuses(self, problem: Problem) -> str | None:
@@ -298,22 +324,22 @@ class Sm80Gemm(CudaKernel):
             return "runs on a GPU, and the weight is in host memory"
         if int(problem.gpu.arch.removeprefix("sm_").rstrip("af")) < _MIN_ARCH:
             return f"needs mma.sync and cp.async of sm_{_MIN_ARCH}, and {problem.gpu.name} is {problem.gpu.arch}"
-        if problem.dtype not in HALF_DTYPES:
-            return f"takes {' or '.join(HALF_DTYPES)} activations, not {problem.dtype}"
+        if (reason := refuses_operands(problem)) is not None:
+            return reason
         if problem.batch_invariant:
             return "adds up in an order that depends on M, and batch_invariant was asked for"
-        if not configs(problem.M, problem.spec, problem.dtype, problem.gpu):
+        if not configs(problem.M, problem.w, problem.x.dtype, problem.gpu):
             return f"needs more shared memory than the {problem.gpu.shared_per_block} bytes of {problem.gpu.name}"
         return None
 
     def candidates(self, problem: Problem) -> list[Candidate]:
         """Every tile that fits, with its best grids."""
         assert problem.gpu is not None
-        m, layout, gpu = max(problem.M, 1), problem.spec.layout, problem.gpu
+        m, layout, gpu = max(problem.M, 1), problem.w.layout, problem.gpu
         return [
             Candidate(self.name, Tiling(rated.config, grid), predicted_us)
-            for rated in configs(m, problem.spec, problem.dtype, gpu)
-            for predicted_us, grid in grids(rated, m, layout, gpu, problem.dtype)[:_GRIDS_OFFERED]
+            for rated in configs(m, problem.w, problem.x.dtype, gpu)
+            for predicted_us, grid in grids(rated, m, layout, gpu, problem.x.dtype)[:_GRIDS_OFFERED]
         ]
 
     def variants(self, spec: Spec, dtype: str, gpu: Gpu) -> Iterator[tuple[str, str]]:

@@ -2,32 +2,48 @@
 
 from __future__ import annotations
 
-import functools
 import math
-import struct
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Annotated, ClassVar
 
 from marlin_cupy.device import Gpu
-from marlin_cupy.formats.scalars import HALF_DTYPES
 from marlin_cupy.jit import launch
 from marlin_cupy.kernels import copy_engine
-from marlin_cupy.kernels.copy_engine import CopyEnginePlan
+from marlin_cupy.kernels.arguments import Int, Int64, Struct, TensorMap, pointer
 from marlin_cupy.kernels.costs import DecodeFactors, overlapped_us, read_us
-from marlin_cupy.kernels.cuda import Block, CudaConfiguration, CudaKernel, shared_budget
-from marlin_cupy.kernels.operands import Launcher, Rows, Weight
-from marlin_cupy.kernels.problem import Candidate, Problem
+from marlin_cupy.kernels.cuda import Block, CudaConfiguration, CudaPlan, ProductKernel, shared_budget
+from marlin_cupy.kernels.operands import Launcher, Rows, Stack, Weight
+from marlin_cupy.kernels.operation import Candidate
+from marlin_cupy.kernels.problem import Problem, refuses_operands
 from marlin_cupy.layout import SLAB_K, SLAB_N, Layout
 from marlin_cupy.spec import Spec
 
-#: struct Args of the twin: a tensor map, three pointers, a stride, seven ints, a stack; its size is a multiple of 64.
-_ARGS = struct.Struct("=128s3Qq7i4xQi52x")
-_ARGUMENTS = launch.ArgumentBlock(_ARGS.size)
 _ARCH = "sm_90a"
 _MAX_M = 16
 _FEW = 8  # rows of one token tile
 _WARP = 32
+
+
+class Args(Struct):
+    """What the kernel is launched with."""
+
+    x: Annotated[TensorMap, "boxes of 64 K x M"]
+    weight: Annotated[int, pointer("const u8"), "packed slabs"]
+    bias: Annotated[int, pointer("const u16"), "or null"]
+    y: Annotated[int, pointer("u16")]
+    y_stride: Annotated[Int64, "elements between tokens"]
+    M: Int
+    N: Int
+    tiles_n: Int
+    slabs_k: Int
+    rounds: Annotated[Int, "tiles of the busiest cluster"]
+    y_vector: Annotated[Int, "token rows of y start at multiples of 8 bytes"]
+    dependent: Annotated[Int, "a kernel ahead may still run"]
+    stack: Stack
+
+
+_pack, _ARGUMENTS = Args.packer.pack_into, launch.ArgumentBlock(Args.size)
 
 
 @dataclass(frozen=True)
@@ -207,50 +223,50 @@ def dependent_shared_bytes(config: Config, layout: Layout, gpu: Gpu) -> int:
     return config.most_shared_bytes(gpu) if alone else config.shared_bytes(layout)
 
 
-class StreamPlan(CopyEnginePlan[Streams]):
+class StreamPlan(CudaPlan[Streams]):
     """Plain and dependent launches."""
 
-    @functools.cached_property
-    def dependent_shared_bytes(self) -> int:
-        """Dynamic shared memory of a block in a dependent launch."""
-        assert self.problem.gpu is not None
-        return dependent_shared_bytes(self.configuration.config, self.problem.spec.layout, self.problem.gpu)
-
-    def launch(self, launcher: Launcher, x: Rows, w: Weight, bias: int, y: Rows, dependent: bool) -> None:
-        """Launch."""
-        config, clusters = self.configuration.config, self.configuration.clusters
+    def __init__(self, function: launch.Function, configuration: Streams, problem: Problem) -> None:
+        assert problem.gpu is not None
+        super().__init__(function, configuration, problem)
+        config, clusters = configuration.config, configuration.clusters
         all_tiles = tiles(config, self.layout)
-        _ARGS.pack_into(
+        self._blocks = clusters * config.cluster
+        self._dependent_bytes = dependent_shared_bytes(config, self.layout, problem.gpu)
+        self._map_of = copy_engine.maps(problem, problem.M)
+        self._sizes = problem.M, self.layout.N, all_tiles, self.layout.packed_shape[1], -(-all_tiles // clusters)
+
+    def enqueue(self, launcher: Launcher, x: Rows, w: Weight, bias: int, y: Rows, dependent: bool) -> None:
+        """Launch."""
+        _pack(
             _ARGUMENTS.data,
             0,
-            copy_engine.map_of(self.problem, x, x.number),
+            self._map_of(x.pointer, x.stride),
             w.pointer,
             bias,
             y.pointer,
             y.stride,
-            x.number,
-            self.layout.N,
-            all_tiles,
-            self.layout.packed_shape[1],
-            -(-all_tiles // clusters),
+            *self._sizes,
             y.start_at(8),
             dependent,
-            *w.stack,
+            w.layer_pointer,
+            self.layers,
         )
-        blocks, stream = clusters * config.cluster, launcher.stream(w.device)
+        stream = launcher.stream(w.device)
         if dependent:
             self.function.launch_dependent(
-                w.writes, blocks, config.threads, stream, _ARGUMENTS, self.dependent_shared_bytes
+                w.writes, self._blocks, self.threads, stream, _ARGUMENTS, self._dependent_bytes
             )
         else:
-            self.function.launch(blocks, config.threads, stream, _ARGUMENTS)
+            self.function.launch(self._blocks, self.threads, stream, _ARGUMENTS)
 
 
-class Sm90Stream(CudaKernel):
+class Sm90Stream(ProductKernel):
     """Up to 16 rows on Hopper, every format and group size."""
 
     name = "sm90_stream"
     made_for = _ARCH
+    arguments = Args
     plan_type = StreamPlan
 
     def refuses(self, problem: Problem) -> str | None:
@@ -259,25 +275,25 @@ class Sm90Stream(CudaKernel):
             return "runs on a GPU, and the weight is in host memory"
         if problem.gpu.arch != _ARCH:
             return f"is made for {_ARCH}, and {problem.gpu.name} is {problem.gpu.arch}"
-        if problem.dtype not in HALF_DTYPES:
-            return f"takes {' or '.join(HALF_DTYPES)} activations, not {problem.dtype}"
+        if (reason := refuses_operands(problem)) is not None:
+            return reason
         if problem.M > _MAX_M:
             return f"takes up to {_MAX_M} rows, not {problem.M}"
         if problem.batch_invariant:
             return "adds up in an order that depends on M, and batch_invariant was asked for"
-        if not configs(problem.M, problem.spec.layout, problem.gpu):
+        if not configs(problem.M, problem.w.layout, problem.gpu):
             return f"needs more shared memory than the {problem.gpu.shared_per_block} bytes of {problem.gpu.name}"
         return copy_engine.refuses(problem)
 
     def candidates(self, problem: Problem) -> list[Candidate]:
         """Every configuration that fits, with as few clusters as need no more rounds than all that can be resident."""
         assert problem.gpu is not None
-        layout, gpu = problem.spec.layout, problem.gpu
+        layout, gpu = problem.w.layout, problem.gpu
         found = []
         for config in configs(problem.M, layout, gpu):
             clusters = -(-tiles(config, layout) // rounds(config, layout, gpu))
             found.append(
-                Candidate(self.name, Streams(config, clusters), predicted_us(config, layout, gpu, problem.dtype))
+                Candidate(self.name, Streams(config, clusters), predicted_us(config, layout, gpu, problem.x.dtype))
             )
         return found
 

@@ -7,31 +7,63 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import struct
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Annotated, ClassVar
 
 from marlin_cupy.device import Gpu
-from marlin_cupy.formats.scalars import FLOAT16, HALF_DTYPES
+from marlin_cupy.formats.scalars import FLOAT16
 from marlin_cupy.jit import launch
 from marlin_cupy.kernels import copy_engine
-from marlin_cupy.kernels.copy_engine import CopyEnginePlan
+from marlin_cupy.kernels.arguments import Int, Int64, Struct, TensorMap, pointer
 from marlin_cupy.kernels.costs import DecodeFactors, can_scale, overlapped_us, read_us
-from marlin_cupy.kernels.cuda import Block, CudaConfiguration, CudaKernel, shared_budget
-from marlin_cupy.kernels.operands import Exchange, Launcher, Rows, Weight
-from marlin_cupy.kernels.problem import Candidate, Problem
+from marlin_cupy.kernels.cuda import Block, CudaConfiguration, CudaPlan, ProductKernel, shared_budget
+from marlin_cupy.kernels.operands import NO_EXCHANGE, Exchange, Launcher, Rows, Stack, Weight
+from marlin_cupy.kernels.operation import Candidate
+from marlin_cupy.kernels.problem import Problem, refuses_operands
 from marlin_cupy.layout import SLAB_K, SLAB_N, Layout
 from marlin_cupy.spec import Spec
 
-#: struct Args of the twin: a tensor map, six pointers, a stride, twelve ints, a stack; its size is a multiple of 64.
-_ARGS = struct.Struct("=128s6Qq12iQi12x")
-_ARGUMENTS = launch.ArgumentBlock(_ARGS.size)
 _ARCH = "sm_90a"
 _WARPGROUP = 128
 _REGISTERS = 65536  # of an SM
 _PRODUCER_REGISTERS = 40  # per thread of the copying warpgroup
 _LENT_BYTES = 16384  # what a cluster's blocks leave for the first one goes where its stages were if it is more
+
+
+class Schedule(Struct, header="schedule/segments.cuh"):
+    """Which block computes what: divided here, for divisions are slow and nothing can be copied before the first."""
+
+    tiles: Int
+    steps: Annotated[Int, "of K per tile"]
+    blocks: Annotated[Int, "or clusters"]
+    whole: Annotated[Int, "tiles that each block computes alone"]
+    stretch: Annotated[Int, "steps of the line of shared tiles per block"]
+    longer: Annotated[Int, "how many blocks have one more"]
+
+
+class Args(Struct):
+    """What the kernel is launched with."""
+
+    x: Annotated[TensorMap, "boxes of 64 K x tokens"]
+    weight: Annotated[int, pointer("const u8"), "packed slabs"]
+    factors: Annotated[int, pointer("const float"), "of each output, see formats/codec.cuh"]
+    bias: Annotated[int, pointer("const u16"), "or null"]
+    y: Annotated[int, pointer("u16")]
+    partials: Annotated[int, pointer("float"), "two tiles per block where blocks share tiles"]
+    counters: Annotated[int, pointer("u32"), "one per shared tile, 0 before and after"]
+    y_stride: Annotated[Int64, "elements between tokens"]
+    M: Int
+    N: Int
+    slabs_n: Int
+    tiles_m: Int
+    tiles_n: Int
+    y_vector: Annotated[Int, "rows of y start at multiples of 16 bytes"]
+    schedule: Schedule
+    stack: Stack
+
+
+_pack, _ARGUMENTS = Args.packer.pack_into, launch.ArgumentBlock(Args.size)
 
 
 @dataclass(frozen=True)
@@ -359,20 +391,28 @@ def invariant_split(layout: Layout, gpu: Gpu) -> tuple[int, int]:
     return min(dict.fromkeys((each.config.wgs_k, each.config.cluster) for each in configs(layout, gpu)), key=cost)
 
 
-class WgmmaPlan(CopyEnginePlan[Tiling]):
+class WgmmaPlan(CudaPlan[Tiling]):
     """Plain and dependent launches."""
 
-    def launch(self, launcher: Launcher, x: Rows, w: Weight, bias: int, y: Rows, dependent: bool) -> None:
+    def __init__(self, function: launch.Function, configuration: Tiling, problem: Problem) -> None:
+        super().__init__(function, configuration, problem)
+        grid, (slabs_n, slabs_k, _) = configuration.grid, self.layout.packed_shape
+        self._blocks, self._shared_tiles = grid.blocks * configuration.config.cluster, grid.shared_tiles
+        self._floats = configuration.exchange_floats
+        self._map_of = copy_engine.maps(problem, configuration.config.tokens)
+        self._sizes = problem.M, self.layout.N, slabs_n, grid.tiles_m, grid.tiles // grid.tiles_m
+        shared_steps = divmod(grid.shared_tiles * slabs_k, grid.blocks)
+        self._schedule = grid.tiles, slabs_k, grid.blocks, grid.whole, *shared_steps
+
+    def enqueue(self, launcher: Launcher, x: Rows, w: Weight, bias: int, y: Rows, dependent: bool) -> None:
         """Launch."""
-        config, grid = self.configuration.config, self.configuration.grid
-        stream = launcher.stream(w.device)
-        floats = self.configuration.exchange_floats
-        exchange = Exchange.of(launcher, w.device, stream, floats, grid.shared_tiles)
-        slabs_n, slabs_k, _ = self.layout.packed_shape
-        _ARGS.pack_into(
+        stream, exchange = launcher.stream(w.device), NO_EXCHANGE
+        if self._shared_tiles:
+            exchange = Exchange.of(launcher, w.device, stream, self._floats, self._shared_tiles)
+        _pack(
             _ARGUMENTS.data,
             0,
-            copy_engine.map_of(self.problem, x, config.tokens),
+            self._map_of(x.pointer, x.stride),
             w.pointer,
             w.factors_pointer,
             bias,
@@ -380,31 +420,21 @@ class WgmmaPlan(CopyEnginePlan[Tiling]):
             exchange.partials,
             exchange.counters,
             y.stride,
-            x.number,
-            self.layout.N,
-            slabs_n,
-            grid.tiles_m,
-            grid.tiles // grid.tiles_m,
+            *self._sizes,
             y.start_at(16),
-            grid.tiles,
-            slabs_k,
-            grid.blocks,
-            grid.whole,
-            *divmod(grid.shared_tiles * slabs_k, grid.blocks),
-            *w.stack,
+            *self._schedule,
+            w.layer_pointer,
+            self.layers,
         )
-        blocks = grid.blocks * config.cluster
         if dependent:
-            self.function.launch_dependent(w.writes, blocks, config.threads, stream, _ARGUMENTS)
+            self.function.launch_dependent(w.writes, self._blocks, self.threads, stream, _ARGUMENTS)
         else:
-            self.function.launch(blocks, config.threads, stream, _ARGUMENTS)
+            self.function.launch(self._blocks, self.threads, stream, _ARGUMENTS)
 
 
 def _refuses_any_shape(spec: Spec, dtype: str, gpu: Gpu) -> str | None:
     if gpu.arch != _ARCH:
         return f"is made for {_ARCH}, and {gpu.name} is {gpu.arch}"
-    if dtype not in HALF_DTYPES:
-        return f"takes {' or '.join(HALF_DTYPES)} activations, not {dtype}"
     if not can_scale(spec, dtype):
         return (
             f"multiplies weights by their scale in the activations' type, and {dtype} would round {spec.scale_dtype} "
@@ -415,27 +445,32 @@ def _refuses_any_shape(spec: Spec, dtype: str, gpu: Gpu) -> str | None:
     return None
 
 
-class Sm90Wgmma(CudaKernel):
+class Sm90Wgmma(ProductKernel):
     """Any number of rows on Hopper, every format and group size; the only one on a GPU that can be batch invariant."""
 
     name = "sm90_wgmma"
     made_for = _ARCH
+    arguments = Args
     plan_type = WgmmaPlan
 
     def refuses(self, problem: Problem) -> str | None:
         """Other GPUs, bfloat16 x with float16 scales, rows of x that the copy engine cannot step through."""
         if problem.gpu is None:
             return "runs on a GPU, and the weight is in host memory"
-        return copy_engine.refuses(problem) or _refuses_any_shape(problem.spec, problem.dtype, problem.gpu)
+        return (
+            refuses_operands(problem)
+            or _refuses_any_shape(problem.w, problem.x.dtype, problem.gpu)
+            or copy_engine.refuses(problem)
+        )
 
     def candidates(self, problem: Problem) -> list[Candidate]:
         """The tiles and grids with the least predicted times; with batch_invariant those of one split of K."""
         assert problem.gpu is not None
-        m, layout, gpu = max(problem.M, 1), problem.spec.layout, problem.gpu
+        m, layout, gpu = max(problem.M, 1), problem.w.layout, problem.gpu
         if problem.batch_invariant:
-            found = invariant_options(m, layout, gpu, problem.dtype, invariant_split(layout, gpu))
+            found = invariant_options(m, layout, gpu, problem.x.dtype, invariant_split(layout, gpu))
         else:
-            found = options(m, layout, gpu, problem.dtype)
+            found = options(m, layout, gpu, problem.x.dtype)
         return [Candidate(self.name, tiling, us) for us, tiling in found[:_OFFERED]]
 
     def variants(self, spec: Spec, dtype: str, gpu: Gpu) -> Iterator[tuple[str, str]]:

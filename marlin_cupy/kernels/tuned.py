@@ -1,8 +1,8 @@
 """What :func:`marlin_cupy.tune` measured on this machine: a JSON file beside the cubins, read when first asked for.
 
-A row holds the times of the candidates of one problem on one model of GPU, by their keys. It counts for exactly that
-problem, the number of rows of x included: what is fastest for 16 rows says little about 17. It ceases to count when
-the package changes, since the same key may then stand for another kernel.
+A row holds the times of the candidates of one problem of an operation on one model of GPU, by their keys. It counts
+for exactly that problem, the number of rows of x included: what is fastest for 16 rows says little about 17. It ceases
+to count when the package changes, since the same key may then stand for another kernel.
 """
 
 from __future__ import annotations
@@ -17,7 +17,6 @@ from pathlib import Path
 from typing import Any
 
 from marlin_cupy.jit import cache, source
-from marlin_cupy.kernels.problem import Problem
 
 FILE = "tuned.json"
 _VERSION = 1
@@ -34,19 +33,18 @@ def path() -> Path:
     return cache.cache_dir() / FILE
 
 
-def times(problem: Problem) -> dict[str, float]:
-    """Microseconds by :attr:`Candidate.key` that were measured for ``problem``; empty where it was not tuned."""
+def times(identity: Row) -> dict[str, float]:
+    """Microseconds by :attr:`Candidate.key` that were measured for a problem; empty where it was not tuned."""
     rows = _known(path())
-    row = rows.get(_name(_identity(problem))) if rows and problem.gpu is not None else None
+    row = rows.get(_name(identity)) if rows else None
     if row is None or row["fingerprint"] != fingerprint():
         return {}
     return dict(row["us"])
 
 
-def remember(problem: Problem, us: dict[str, float]) -> bool:
+def remember(identity: Row, us: dict[str, float]) -> bool:
     """Use these times from now on, and keep them for later processes; False where the file cannot be written."""
     global generation
-    identity = _identity(problem)
     row = {**identity, "us": us, "fingerprint": fingerprint()}
     with _lock:
         rows = {**_known(path()), **_read(path()), _name(identity): row}  # others may have written since
@@ -72,26 +70,6 @@ def fingerprint() -> str:
     files = [*source.source_root().rglob("*.cuh"), *Path(__file__).parent.glob("*.py"), package / "__init__.py"]
     parts = sorted((each.name, each.read_text(encoding="utf-8")) for each in files)
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:16]
-
-
-def _identity(problem: Problem) -> Row:
-    """All that a time depends on."""
-    assert problem.gpu is not None
-    spec = problem.spec
-    return {
-        "gpu": problem.gpu.name,
-        "arch": problem.gpu.arch,
-        "sm_count": problem.gpu.sm_count,
-        "format": spec.format,
-        "granule": spec.layout.granule,
-        "group_size": spec.group_size,
-        "K": spec.shape[0],
-        "N": spec.shape[1],
-        "scale_dtype": spec.scale_dtype,
-        "dtype": problem.dtype,
-        "batch_invariant": problem.batch_invariant,
-        "M": problem.M,
-    }
 
 
 def _name(identity: Row) -> str:

@@ -19,9 +19,9 @@ from marlin_cupy.compilers.jax import ffi
 from marlin_cupy.compilers.jax.partitioning import manual_axes
 from marlin_cupy.device import Device, Gpu, cuda, gpu, gpu_count, gpu_of_arch
 from marlin_cupy.errors import UnsupportedError
-from marlin_cupy.kernels import Candidate, Problem, dequantize, tuned
+from marlin_cupy.kernels import ONE, Dense, DensePlan, Operand, Problem, Stacked, dequantize
 from marlin_cupy.kernels.cuda import CudaConfiguration, CudaPlan
-from marlin_cupy.kernels.operands import PackedWeight, Rows, Stack
+from marlin_cupy.kernels.operands import PackedWeight, Rows
 from marlin_cupy.layout import SLAB_K
 from marlin_cupy.spec import Spec
 
@@ -44,14 +44,16 @@ def gemm(
         bias: [N] or None.
     """
     M, dtype = x.shape[0], x.dtype.name
-    problem = Problem(M, dtype, spec, _target(), batch_invariant, layer is not None)
+    problem = _problem(M, dtype, spec, _target(), batch_invariant, None if layer is None else packed.shape[0])
     results = [_result((M, spec.shape[1]), x.dtype, x)]
     try:
         if not isinstance(M, int):
             raise UnsupportedError(
                 f"x has {M} rows; kernels are chosen for a number of them. For GPUs export a program for each."
             )
-        chosen = _chosen(problem, tuned.generation)
+        chosen = kernels.GEMM.choose(problem)
+        if gpu_count():
+            kernels.GEMM.ready(problem)  # before XLA records launches of it
     except UnsupportedError as error:
         if jax.default_backend() == "gpu":
             raise
@@ -88,7 +90,7 @@ def transposed(spec: Spec, dy: Any, packed: Any) -> Any:
     pieces: list[Any] = []
     one_at_a_time: Any = jax.lax.optimization_barrier
     if gpu_count():
-        dequantize.load(spec, dtype, _target())  # before XLA records launches of it
+        kernels.DEQUANTIZE.ready(Dense(spec, dtype, _target()))  # before XLA records launches of it
     for run in dequantize.runs(spec):
         call: Any = jax.ffi.ffi_call(DENSE, _result((spec.shape[1], SLAB_K * len(run)), dy.dtype, dy))
         text = {"spec": dataclasses.asdict(spec), "dtype": dtype, "run": [run.start, run.stop]}
@@ -117,13 +119,9 @@ def _target() -> Gpu:
     return gpu(0) if gpu_count() else gpu_of_arch(_USUAL_ARCH)
 
 
-@functools.lru_cache(maxsize=4096)
-def _chosen(problem: Problem, generation: int) -> Candidate:
-    """The candidate for a problem, compiled and loaded where there is a GPU, before XLA records launches of it."""
-    found = kernels.choose(problem)
-    if gpu_count():
-        kernels.plan(problem, found)
-    return found
+def _problem(M: int, dtype: str, spec: Spec, on: Gpu, batch_invariant: bool, layers: int | None) -> Problem:
+    """For an x of XLA's, which is contiguous."""
+    return Problem(M, Operand(dtype), spec, dtype, on, batch_invariant, ONE if layers is None else Stacked(layers))
 
 
 # ---- when XLA runs, or records
@@ -152,46 +150,45 @@ class _Lender:
 
 def _handle(call: ffi.Call) -> None:
     """Launch, plainly: XLA may have written the weight just before, a copy of a slice for instance."""
-    plan, has_bias, layers = _plan_of(call.text, call.device)
+    plan, has_bias = _plan_of(call.text, call.device)
     x, packed, factors, *others = call.operands
-    K, N = plan.problem.spec.shape
+    K, N = plan.problem.w.shape
     M = plan.problem.M
-    stack = Stack() if layers is None else Stack(others[-1], layers)
-    weight = PackedWeight(packed, factors, cuda(call.device), writes.of_gpu(call.device), stack)
+    layer = others[-1] if isinstance(plan.problem.select, Stacked) else 0
+    weight = PackedWeight(packed, factors, cuda(call.device), writes.of_gpu(call.device), layer)
     bias = others[0] if has_bias else 0
     plan.enqueue(_Lender(call), Rows(x, K, M), weight, bias, Rows(call.results[0], N, M), False)
 
 
 @functools.lru_cache(maxsize=4096)
-def _plan_of(text: bytes, device: int) -> tuple[CudaPlan[Any], bool, int | None]:
-    """What the text of a call means on a GPU: a plan, whether there is a bias, how many weights a stack has."""
+def _plan_of(text: bytes, device: int) -> tuple[CudaPlan[Any], bool]:
+    """What the text of a call means on a GPU: a plan, and whether there is a bias."""
     found = json.loads(text)
     if "refused" in found:
         raise UnsupportedError(found["refused"])
     here = gpu(device)
-    stacked = found["layers"] is not None
-    problem = Problem(found["M"], found["dtype"], _spec(found), here, found["batch_invariant"], stacked)
-    candidate = next((each for each in kernels.candidates(problem) if each.key == found["candidate"]), None)
+    problem = _problem(found["M"], found["dtype"], _spec(found), here, found["batch_invariant"], found["layers"])
+    candidate = next((each for each in kernels.GEMM.candidates(problem) if each.key == found["candidate"]), None)
     if candidate is None or found["gpu"] != [here.arch, here.sm_count]:
         arch, sms = found["gpu"]
         raise UnsupportedError(
             f"this JAX program was compiled for {arch} with {sms} SMs, to launch {found['candidate']}; {here.name} is "
             f"{here.arch} with {here.sm_count}. Compile it where it is to run."
         )
-    plan = kernels.plan(problem, candidate)
+    plan = kernels.GEMM.ready(problem, candidate)
     assert isinstance(plan, CudaPlan)
-    return plan, found["bias"], found["layers"]
+    return plan, found["bias"]
 
 
 def _handle_dense(call: ffi.Call) -> None:
-    spec, dtype, run, on = _run_of(call.text, call.device)
-    dequantize.enqueue(call.stream, call.operands[0], call.results[0], spec, dtype, run, on)
+    plan, run = _run_of(call.text, call.device)
+    plan.enqueue(call.stream, call.operands[0], call.results[0], run)
 
 
 @functools.lru_cache(maxsize=4096)
-def _run_of(text: bytes, device: int) -> tuple[Spec, str, range, Gpu]:
+def _run_of(text: bytes, device: int) -> tuple[DensePlan, range]:
     found = json.loads(text)
-    return _spec(found), found["dtype"], range(*found["run"]), gpu(device)
+    return kernels.DEQUANTIZE.ready(Dense(_spec(found), found["dtype"], gpu(device))), range(*found["run"])
 
 
 def _spec(found: dict[str, Any]) -> Spec:
