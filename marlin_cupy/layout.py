@@ -261,7 +261,7 @@ class Layout:
         largest = scales.reshape(slabs_n, slabs_k, 2, SLAB_K // place.granule, 2, 8, 2).max(axis=(1, 3))
         largest = largest.transpose(0, 1, 2, 4, 3).reshape(-1)  # half, 16 rows, row g or g + 8, g
         _, exponent = xp.frexp(largest)
-        exponent = xp.where(largest == 0, 15, exponent)
+        exponent = xp.where(largest <= xp.float32(self.scale.least), 15, exponent)  # it has none: 1
         return xp.ldexp(xp.float32(1), xp.clip(15 - exponent, -_MAX_EXPONENT, _MAX_EXPONENT)).astype(xp.float32)
 
     def cpp(self) -> str:

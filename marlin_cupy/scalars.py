@@ -39,6 +39,11 @@ class Scalar:
         return float((1 << self.bits) - 1)
 
     @property
+    def least(self) -> float:
+        """The value of bits that are all 0, which padding has."""
+        return 0.0
+
+    @property
     def digits(self) -> int:
         """Significant bits."""
         return self.bits
@@ -125,6 +130,11 @@ class Float(Scalar):
 @dataclass(frozen=True)
 class PowerOfTwo(Scalar):
     """A biased exponent and nothing else (OCP Microscaling Formats 1.0, section 5.4.1): 2**(bits - 127)."""
+
+    @property
+    def least(self) -> float:
+        """2**-127: there is no 0."""
+        return float(2.0**-127)
 
     @property
     def digits(self) -> int:

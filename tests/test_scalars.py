@@ -64,6 +64,14 @@ def test_every_type_is_tested_here_and_found_by_its_name() -> None:
     assert HALVES == (F16, BF16)
 
 
+@every_library
+def test_the_least_value_has_no_bits_set(library: str) -> None:
+    for scalar in (*FLOATS, *INTEGERS, E8M0):
+        assert_same_bits(
+            scalar.from_bits(LIBRARIES[library](np.zeros(1, scalar.stored_as))), np.asarray([scalar.least], np.float32)
+        )
+
+
 def test_an_unknown_name_is_refused_with_those_there_are() -> None:
     with pytest.raises(ValueError, match=r"^unknown type 'float64'; known types are float16, bfloat16, .*uint8\.$"):
         scalars.by_name("float64")
