@@ -1,7 +1,7 @@
 """The types of numbers that weights, parameters and activations are stored in: as values, as bits, in C++.
 
-CuPy knows no floats of 8 bits and fewer, and little of bfloat16. So numbers travel as float32 whose values are exact in their type,
-and become bits by integer arithmetic alone. All of it works on NumPy, CuPy and JAX arrays.
+CuPy knows no floats of 8 bits and fewer, and little of bfloat16. So numbers travel as float32 whose values are exact
+in their type, and become bits by integer arithmetic alone. All of it works on NumPy, CuPy and JAX arrays.
 """
 
 from __future__ import annotations

@@ -10,7 +10,6 @@ import numpy as np
 from marlin_cupy.device import arch_of, gpu_of_arch
 from marlin_cupy.formats.nf4 import TABLE
 
-
 #: One group per column; every granule (16, 32, 64, 128); below, at, between and above the height of a slab.
 GROUP_SIZES = (-1, 16, 32, 48, 64, 80, 96, 128, 192, 256, 384)
 

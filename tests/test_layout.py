@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 
 import marlin_cupy as mc
 from marlin_cupy import formats, scalars
-from marlin_cupy.formats import SCALE, ZERO_POINT, Format, Plane
+from marlin_cupy.formats import ZERO_POINT, Format, Plane
 from marlin_cupy.spec import Spec
 
 every_format = pytest.mark.parametrize("name", FORMATS)
