@@ -106,7 +106,7 @@ class Float(Scalar):
             return ((bits + (((bits >> 16) & 1) + 0x7FFF).astype(xp.uint32)) >> 16).astype(xp.uint16)
         mantissa = self.digits - 1
         magnitude = xp.minimum(xp.abs(values), xp.float32(self.max))
-        # value = fraction * 2**exponent, fraction from 1/2 to 1; subnormal numbers have the exponent of the least normal
+        # Fraction * 2**exponent, fraction from 1/2 to 1; subnormal numbers have the exponent of the least normal one.
         _, exponent = xp.frexp(xp.maximum(magnitude, xp.float32(2.0 ** (1 - self._bias))))
         steps = xp.rint(xp.ldexp(magnitude, mantissa + 1 - exponent)).astype(xp.int32)
         code = ((exponent - 2 + self._bias) << mantissa) + steps  # a carry is the next exponent

@@ -103,7 +103,7 @@ def test_every_finite_number_survives_the_round_trip(scalar: Float, library: str
 @every_library
 def test_ties_go_to_the_even_code(scalar: Float, library: str) -> None:
     """Between any two neighbours, subnormal or not, of both signs: the middle, and just beside it."""
-    bits, values = finite_values(scalar)
+    _, values = finite_values(scalar)
     values = np.sort(values[values >= 0])
     middle = (values[1:] + values[:-1]) / 2  # exact in float32
     for each in (middle, np.nextafter(middle, np.float32(0)), np.nextafter(middle, np.float32(1e9))):

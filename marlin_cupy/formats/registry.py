@@ -19,7 +19,8 @@ def register(format: Format) -> None:
         size, codes = sum(run.width for run in plane), len({run.value for run in plane})
         if size not in (32, 64) or codes % 8:
             raise ValueError(
-                f"a plane of format {format.name!r} has {size} bits of {codes} codes; use 32 or 64 bits of 8 codes or more."
+                f"a plane of format {format.name!r} has {size} bits of {codes} codes; "
+                "use 32 or 64 bits of a multiple of 8 codes."
             )
         for unit, run in itertools.product(range(0, 64, codes), plane):
             held.update((unit + run.value, bit) for bit in range(run.first, run.first + run.width))
