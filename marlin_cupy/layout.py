@@ -185,18 +185,17 @@ class Layout:
         out = xp.empty((slabs_n, slabs_k, 2, self.half_bytes), dtype=xp.uint8)
 
         for plane in self.planes:
-            halves, blocks, rows, g, t, _, words = plane.axes
-            atoms = plane.load_atoms
-            # K = slab, block, atom, register bit 1, t, half of a register
+            halves, blocks, rows, g, t, units, words = plane.axes
+            # K = slab, block, unit, atom of it, register bit 1, t, half of a register
             # N = slab, half slab, rows, register bit 0, g
-            split = padded.reshape(slabs_k, blocks, atoms, 2, t, 2, slabs_n, halves, rows, 2, g)
-            values = split.transpose(6, 0, 7, 1, 8, 10, 4, 2, 3, 9, 5)
-            values = values.reshape(slabs_n, slabs_k, halves, -1, plane.codes)
-            packed = xp.zeros((*values.shape[:-1], words), dtype=xp.uint32)
+            split = padded.reshape(slabs_k, blocks, units, -1, 2, t, 2, slabs_n, halves, rows, 2, g)
+            of_code = split.transpose(3, 4, 10, 6, 0, 1, 2, 5, 7, 8, 9, 11)
+            packed = xp.zeros((words, *of_code.shape[4:]), dtype=xp.uint32)
             for position, run in _positions(plane.plane):
-                bits = (values[..., run.value] >> run.first) & ((1 << run.width) - 1)
-                packed[..., position // _WORD] |= bits.astype(xp.uint32) << (position % _WORD)
-            data = packed.view(xp.uint8).reshape(slabs_n, slabs_k, halves, -1)
+                bits = (of_code[_axes_of(run.value)] >> run.first) & ((1 << run.width) - 1)
+                packed[position // _WORD] |= bits.astype(xp.uint32) << (position % _WORD)
+            stored = contiguous(packed.transpose(5, 1, 6, 2, 7, 8, 4, 3, 0))
+            data = stored.view(xp.uint8).reshape(slabs_n, slabs_k, halves, -1)
             out[..., plane.start : plane.start + plane.nbytes] = data
 
         group_of = self._group_of_granule(xp)
@@ -222,18 +221,18 @@ class Layout:
         halves = packed.reshape(slabs_n, slabs_k, 2, self.half_bytes)
         codes: Array = None
         for plane in self.planes:
-            _, blocks, rows, g, t, _, words = plane.axes
             data = contiguous(halves[..., plane.start : plane.start + plane.nbytes])
-            units = _words_of(data).reshape(-1, words)
+            stored = data.view(xp.uint32).reshape(slabs_n, slabs_k, *plane.axes)
+            words = contiguous(stored.transpose(8, 1, 3, 7, 6, 0, 2, 4, 5))  # the axes of of_code in pack
             runs: dict[int, Array] = {}
             for position, run in _positions(plane.plane):
-                word = units[:, position // _WORD]
-                bits = ((word >> (position % _WORD)) & ((1 << run.width) - 1)) << run.first
+                shifted = (words[position // _WORD] >> (position % _WORD)).astype(xp.uint8)
+                bits = (shifted & ((1 << run.width) - 1)) << run.first
                 runs[run.value] = bits | runs[run.value] if run.value in runs else bits
-            # Column by column, by number: an array of numbers would be a constant in a JAX program.
-            values = xp.stack([runs[value].astype(xp.uint8) for value in range(plane.codes)], axis=-1)
-            stored = values.reshape(slabs_n, slabs_k, 2, blocks, rows, g, t, plane.load_atoms, 2, 2, 2)
-            split = stored.transpose(1, 3, 7, 8, 6, 10, 0, 2, 4, 9, 5)
+            # Code by code, by number: an array of numbers would be a constant in a JAX program.
+            of_code = xp.stack([runs[value] for value in range(plane.codes)])
+            of_code = of_code.reshape(-1, 2, 2, 2, *of_code.shape[1:])
+            split = of_code.transpose(4, 5, 6, 0, 1, 7, 3, 8, 9, 10, 2, 11)
             part = split.reshape(slabs_k * SLAB_K, slabs_n * SLAB_N)[: self.K, :n]
             codes = part if codes is None else codes | part
 
@@ -261,7 +260,7 @@ class Layout:
         largest = scales.reshape(slabs_n, slabs_k, 2, SLAB_K // place.granule, 2, 8, 2).max(axis=(1, 3))
         largest = largest.transpose(0, 1, 2, 4, 3).reshape(-1)  # half, 16 rows, row g or g + 8, g
         _, exponent = xp.frexp(largest)
-        exponent = xp.where(largest == 0, 15, exponent)
+        exponent = xp.where(largest <= xp.float32(self.scale.least), 15, exponent)  # it has none: 1
         return xp.ldexp(xp.float32(1), xp.clip(15 - exponent, -_MAX_EXPONENT, _MAX_EXPONENT)).astype(xp.float32)
 
     def cpp(self) -> str:
@@ -333,6 +332,6 @@ def _positions(plane: Plane) -> Iterator[tuple[int, Bits]]:
         position += run.width
 
 
-def _words_of(data: Array) -> Array:
-    """uint8 (..., 4 n) as uint32 (..., n)."""
-    return data.view(namespace(data).uint32)
+def _axes_of(value: int) -> tuple[int, int, int, int]:
+    """Of a code of a unit: atom, register bit 1, register bit 0, half of a register."""
+    return value // 8, value // 4 % 2, value // 2 % 2, value % 2

@@ -100,7 +100,8 @@ def pack(
     if native["codes"].dtype.name == definition.codes_as:
         native["codes"] = native["codes"].view(numpy.uint8)
     if native["codes"].ndim != 2 or native["codes"].dtype != numpy.uint8 or 0 in native["codes"].shape:
-        raise ValueError(f"codes are {native['codes'].dtype}{native['codes'].shape}; pass uint8 (K, N), not empty.")
+        dtypes = " or ".join(dict.fromkeys(("uint8", definition.codes_as)))
+        raise ValueError(f"codes are {native['codes'].dtype}{native['codes'].shape}; pass {dtypes} (K, N), not empty.")
     spec = Spec.checked(format, tuple(native["codes"].shape), group_size, _scale_dtype(native[formats.SCALE], format))
     scale = spec.layout.scale
     groups = (spec.layout.groups, spec.shape[1])

@@ -1,7 +1,7 @@
 """The types of numbers that weights, parameters and activations are stored in: as values, as bits, in C++.
 
-CuPy knows no 8-bit floats and little of bfloat16. So numbers travel as float32 whose values are exact in their type,
-and become bits by integer arithmetic alone. All of it works on NumPy, CuPy and JAX arrays.
+CuPy knows no floats of 8 bits and fewer, and little of bfloat16. So numbers travel as float32 whose values are exact
+in their type, and become bits by integer arithmetic alone. All of it works on NumPy, CuPy and JAX arrays.
 """
 
 from __future__ import annotations
@@ -39,6 +39,11 @@ class Scalar:
         return float((1 << self.bits) - 1)
 
     @property
+    def least(self) -> float:
+        """The value of bits that are all 0, which padding has."""
+        return 0.0
+
+    @property
     def digits(self) -> int:
         """Significant bits."""
         return self.bits
@@ -64,10 +69,10 @@ class Scalar:
 
 @dataclass(frozen=True)
 class Float(Scalar):
-    """An IEEE-like floating-point type with subnormals.
+    """An IEEE-like floating-point type with subnormals: a sign, an exponent, a mantissa.
 
     Attributes:
-        exponent_bits: the rest of the bits, without the sign, is the mantissa.
+        exponent_bits: of the exponent.
         largest: its largest finite value, where the all-ones exponent is in use; 0: it is not.
     """
 
@@ -90,7 +95,7 @@ class Float(Scalar):
         return int(2 ** (self.exponent_bits - 1) - 1)
 
     def to_bits(self, values: Array) -> Array:
-        """The bits of float32 ``values``, finite ones, rounded to nearest even. 8-bit types clip to their range."""
+        """The bits of float32 ``values``, finite ones, rounded to nearest even. Types of 8 bits and fewer clip."""
         xp = namespace(values)
         if self.bits == 32:
             return values.astype(xp.float32).view(xp.uint32)
@@ -101,11 +106,11 @@ class Float(Scalar):
             return ((bits + (((bits >> 16) & 1) + 0x7FFF).astype(xp.uint32)) >> 16).astype(xp.uint16)
         mantissa = self.digits - 1
         magnitude = xp.minimum(xp.abs(values), xp.float32(self.max))
-        _, exponent = xp.frexp(magnitude)  # magnitude = fraction * 2**exponent, fraction from 1/2 to 1
-        step = xp.maximum(exponent - 1, 1 - self._bias) - mantissa
-        steps = xp.rint(xp.ldexp(magnitude, -step)).astype(xp.int32)
-        code = ((step + mantissa + self._bias) << mantissa) + steps - (1 << mantissa)  # a carry is the next exponent
-        return (code | (xp.signbit(values).astype(xp.int32) << 7)).astype(xp.uint8)
+        # Fraction * 2**exponent, fraction from 1/2 to 1; subnormal numbers have the exponent of the least normal one.
+        _, exponent = xp.frexp(xp.maximum(magnitude, xp.float32(2.0 ** (1 - self._bias))))
+        steps = xp.rint(xp.ldexp(magnitude, mantissa + 1 - exponent)).astype(xp.int32)
+        code = ((exponent - 2 + self._bias) << mantissa) + steps  # a carry is the next exponent
+        return (code | (xp.signbit(values).astype(xp.int32) << (self.bits - 1))).astype(xp.uint8)
 
     def from_bits(self, bits: Array) -> Array:
         """The float32 values of ``bits``, which are no NaN: the inverse of :meth:`to_bits`."""
@@ -117,14 +122,19 @@ class Float(Scalar):
         if self == BF16:
             return (bits.astype(xp.uint32) << 16).view(xp.float32)
         wide = bits.astype(xp.uint16)  # a float16 with fewer bits; where the exponent has fewer, its bias is less
-        shift = 5 - self.exponent_bits
-        half = ((wide & 0x80) << 8) | ((wide & 0x7F) << (8 - shift))
-        return half.view(xp.float16).astype(xp.float32) * xp.float32(2.0 ** (15 - self._bias))
+        sign, magnitude = wide >> (self.bits - 1), wide & ((1 << (self.bits - 1)) - 1)
+        half = (sign << 15) | (magnitude << (F16.digits - self.digits))
+        return half.view(xp.float16).astype(xp.float32) * xp.float32(2.0 ** (F16._bias - self._bias))
 
 
 @dataclass(frozen=True)
 class PowerOfTwo(Scalar):
     """A biased exponent and nothing else (OCP Microscaling Formats 1.0, section 5.4.1): 2**(bits - 127)."""
+
+    @property
+    def least(self) -> float:
+        """2**-127: there is no 0."""
+        return float(2.0**-127)
 
     @property
     def digits(self) -> int:
@@ -137,10 +147,11 @@ class PowerOfTwo(Scalar):
         return float(2.0**127)
 
     def to_bits(self, values: Array) -> Array:
-        """The nearest power of two of float32 ``values`` >= 0; for 0 the least one, 2**-127."""
+        """The power of two nearest to float32 ``values`` >= 0, of two equally near the larger; for 0 2**-127."""
         xp = namespace(values)
         bits = values.astype(xp.float32).view(xp.uint32)
-        return xp.minimum((bits + 0x3FFFFF) >> 23, 254).astype(xp.uint8)
+        nearest = xp.where(bits < 0x600000, 0, (bits + 0x400000) >> 23)  # 0x600000: between 2**-127 and 2**-126
+        return xp.minimum(nearest, 254).astype(xp.uint8)
 
     def from_bits(self, bits: Array) -> Array:
         """The float32 values of ``bits``; 2**-127 is subnormal there, and exact."""
@@ -153,12 +164,13 @@ BF16 = Float("bfloat16", 16, "BFloat16", 8)
 F32 = Float("float32", 32, "Float32", 8)
 E4M3 = Float("float8_e4m3fn", 8, "", 4, 448.0)
 E5M2 = Float("float8_e5m2", 8, "", 5)
+E2M1 = Float("float4_e2m1fn", 4, "", 2, 6.0)
 E8M0 = PowerOfTwo("float8_e8m0fnu", 8, "PowerOfTwo")
 U2, U3, U4, U8 = (Scalar(f"uint{bits}", bits) for bits in (2, 3, 4, 8))
 
 #: The types that activations, biases and most scales can have.
 HALVES = (F16, BF16)
-_BY_NAME = {each.name: each for each in (F16, BF16, F32, E4M3, E5M2, E8M0, U2, U3, U4, U8)}
+_BY_NAME = {each.name: each for each in (F16, BF16, F32, E4M3, E5M2, E2M1, E8M0, U2, U3, U4, U8)}
 
 
 def by_name(name: str) -> Scalar:

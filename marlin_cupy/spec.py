@@ -169,14 +169,15 @@ class Spec:
                 str(fields["format"]), (K, N), int(fields["group_size"]), str(fields["scale_dtype"]), options
             )
         except (ValueError, KeyError, TypeError, OverflowError, AttributeError) as error:
-            raise FileFormatError(f"{where} does not hold what it says: {error}; save it again.") from error
+            reason = str(error).rstrip(".")
+            raise FileFormatError(f"{where} does not hold what it says: {reason}; save it again.") from error
 
 
 def _checked_options(format: Format, group_size: int, options: Mapping[str, str]) -> tuple[tuple[str, str], ...]:
     """Those that are not the defaults; ValueError where the format has no such option or value."""
     for name, value in options.items():
         if name not in format.options:
-            known = ", ".join(format.options) or "none"
+            known = f"the option {', '.join(format.options)}" if format.options else "no options"
             raise ValueError(f"option {name!r} was given; format {format.name!r} has {known}.")
         if value not in format.options[name]:
             raise ValueError(f"{name} is {value!r}; format {format.name!r} has {' or '.join(format.options[name])}.")

@@ -14,21 +14,67 @@ from marlin_cupy.formats.nf4 import TABLE
 from marlin_cupy.kernels import Operand, Operation, Plan, Problem
 from marlin_cupy.spec import Spec
 
+#: One group per column; every granule (16, 32, 64, 128); below, at, between and above the height of a slab.
+GROUP_SIZES = (-1, 16, 32, 48, 64, 80, 96, 128, 192, 256, 384)
+
 
 @dataclass(frozen=True)
 class FormatRow:
-    """What a format promises.
+    """What a format promises, and what suites iterate for it.
 
     Attributes:
         levels: the values of its codes when the largest magnitude of a group is 1, which fix how well Gaussian
             weights are quantized (:func:`gaussian_error`).
-        packed_sha256: of the packed buffer that ``test_layout.py`` builds by arithmetic alone. Files that users
+        packed_sha256: of the packed buffers that ``test_layout.py`` builds by arithmetic alone. Files that users
             saved depend on it: a change here needs a new FILE_VERSION.
+        packed_as: (group size, scale dtype) of these three buffers.
+        only_groups: the group sizes that it has; empty: -1 and all multiples of 16.
+        scale_dtypes: of scales that lie among the codes.
+        output_scales: the group sizes whose scales are one float32 per output instead.
+        options: (group size, options) that are not the defaults.
+        no_codes: codes that stand for no weight.
+        clipped: how many scales the largest weight of a group may lie beyond the largest code, in "absmax".
     """
 
     levels: tuple[float, ...]
     packed_sha256: str
+    packed_as: tuple[tuple[int, str], ...] = ((48, "float16"), (128, "bfloat16"), (-1, "float16"))
+    only_groups: tuple[int, ...] = ()
+    scale_dtypes: tuple[str, ...] = ("float16", "bfloat16")
+    output_scales: tuple[int, ...] = ()
+    options: tuple[tuple[int, dict[str, str]], ...] = ()
+    no_codes: tuple[int, ...] = ()
+    clipped: float = 0.0
 
+    def groups(self, *wanted: int) -> tuple[int, ...]:
+        """Those of the ``wanted`` group sizes that it has, or what it has where that is none of them."""
+        return tuple(size for size in wanted if size in self.only_groups) or self.only_groups or wanted
+
+    def group(self, wanted: int) -> int:
+        """``wanted`` or, where it has no such groups, one that it has."""
+        return self.groups(wanted)[0]
+
+    def scales(self, group_size: int) -> tuple[str, ...]:
+        """The types that scales of groups of that size can have."""
+        return ("float32",) if group_size in self.output_scales else self.scale_dtypes
+
+    def scale(self, group_size: int, wanted: str) -> str:
+        """``wanted`` or, where such scales cannot have that type, one that they can."""
+        found = self.scales(group_size)
+        return wanted if wanted in found else found[0]
+
+
+def ways(*group_sizes: int) -> list[tuple[str, int, str]]:
+    """(format, group size, scale dtype): every format with every type of scales, for those of the sizes it has."""
+    return [
+        (name, group_size, scale)
+        for name, row in FORMATS.items()
+        for group_size in row.groups(*group_sizes)
+        for scale in row.scales(group_size)
+    ]
+
+
+_FLOAT8 = np.arange(256, dtype=np.uint8).view(ml_dtypes.float8_e4m3fn).astype(float)
 
 FORMATS: dict[str, FormatRow] = {
     "int4": FormatRow(
@@ -47,10 +93,33 @@ FORMATS: dict[str, FormatRow] = {
         levels=TABLE,
         packed_sha256="237a6f5d9ab74222269016ab52418dba09aff551b1ec979a6022bd94f8de587b",
     ),
+    "int3": FormatRow(
+        levels=tuple((code - 4) / 3.5 for code in range(8)),
+        packed_sha256="5cd2c621ab79fce2978eeeaeee95c4c81253e86e27865515010c6cfe2fbb312c",
+    ),
+    "int2": FormatRow(
+        levels=tuple((code - 2) / 1.5 for code in range(4)),
+        packed_sha256="732ee00ec24e4cc282d7d40e7a877327bd63671145568a23fc3da17155d1c612",
+    ),
+    "mxfp4": FormatRow(
+        # At the widest: scales are powers of two, and the largest magnitude is 4 to 8 of them.
+        levels=tuple(sign * value / 4 for sign in (-1, 1) for value in (0, 0.5, 1, 1.5, 2, 3, 4, 6)),
+        packed_sha256="bf79f492e084b1f33813341e9de83dd968720c6312f95163f9aaf762451cde51",
+        packed_as=((32, "float8_e8m0fnu"),) * 3,
+        only_groups=(32,),
+        scale_dtypes=("float8_e8m0fnu",),
+        clipped=2,
+    ),
+    "fp8_e4m3": FormatRow(
+        levels=tuple(_FLOAT8[np.isfinite(_FLOAT8)] / 448),
+        packed_sha256="0e7241a485b97524a05961aeebdaa4a8a456f7dbfcd77fcb7affa42f79fc8ff5",
+        packed_as=((48, "float16"), (128, "float32"), (-1, "float32")),
+        scale_dtypes=("float16", "bfloat16", "float32"),
+        output_scales=(-1,),
+        options=((128, {"scale": "block"}),),
+        no_codes=(0x7F, 0xFF),
+    ),
 }
-
-#: One group per column; every granule (16, 32, 64, 128); below, at, between and above the height of a slab.
-GROUP_SIZES = (-1, 16, 32, 48, 64, 80, 96, 128, 192, 256, 384)
 
 #: Scale and activation types.
 HALF = ("float16", "bfloat16")
@@ -59,6 +128,8 @@ DTYPES = {
     "bfloat16": np.dtype(ml_dtypes.bfloat16),
     "float32": np.dtype(np.float32),
 }
+#: What holds scales: 8-bit ones are bits.
+SCALE_DTYPES = DTYPES | {"float8_e8m0fnu": np.dtype(np.uint8)}
 
 #: (K, N): one weight, primes, odd, below a slab in either direction, whole slabs, just above them.
 SHAPES = ((1, 1), (2, 3), (127, 61), (131, 67), (100, 63), (333, 65), (128, 64), (256, 192), (129, 64), (128, 129))

@@ -14,7 +14,7 @@ from cases import FORMATS, gaussian, rows
 from only_dlpack import OnlyDlpack
 
 import marlin_cupy as mc
-from marlin_cupy import device, formats, frameworks, tensor
+from marlin_cupy import device, formats, frameworks, packing
 from marlin_cupy.device import Device
 from marlin_cupy.jit import compile as jit_compile
 from marlin_cupy.spec import Spec
@@ -27,6 +27,8 @@ CODES, SCALES, _ = W.unpack()
 POINTS = UINT4.unpack().zero_points
 X = rows((3, K), seed=2, dtype="float16")
 BIAS = rows((N,), seed=3, dtype="float16")
+FLOAT8 = WEIGHT.astype(ml_dtypes.float8_e4m3fn)
+EXPONENTS = mc.quantize(WEIGHT, "mxfp4").unpack().scales
 HALF_WEIGHT = WEIGHT.astype(np.float16)
 #: A GPU that no machine has.
 NO_GPU = "cuda:99"
@@ -115,6 +117,18 @@ QUANTIZE: list[Row] = [
         ValueError,
         ["float16", "coarsely", 'scale_dtype="bfloat16"'],
     ),
+    ("no option", lambda: mc.quantize(WEIGHT, axis="K"), ValueError, ["'axis'", "'int4'", "no options"]),
+    ("option", lambda: mc.quantize(WEIGHT, "fp8_e4m3", axis="K"), ValueError, ["'axis'", "the option scale"]),
+    (
+        "option value",
+        lambda: mc.quantize(WEIGHT, "fp8_e4m3", 128, scale="row"),
+        ValueError,
+        ["'row'", "group or block"],
+    ),
+    ("blocks", lambda: mc.quantize(WEIGHT, "fp8_e4m3", scale="block"), ValueError, ["group_size is -1", "128"]),
+    ("mxfp4 group", lambda: mc.quantize(WEIGHT, "mxfp4", 64), ValueError, ["group_size is 64", "per 32"]),
+    ("mxfp4 scale", lambda: mc.quantize(WEIGHT, "mxfp4", scale_dtype="float16"), ValueError, ["'float16'", "e8m0"]),
+    ("fp8 scale", lambda: mc.quantize(WEIGHT, "fp8_e4m3", scale_dtype="float16"), ValueError, ["'float16'", "float32"]),
     ("another device", lambda: mc.quantize(OnAnotherDevice()), mc.DeviceError, ["OnAnotherDevice", "8", "CUDA"]),
 ]
 
@@ -133,6 +147,57 @@ PACK: list[Row] = [
     ("format", lambda: mc.pack(CODES, SCALES, format="int5", group_size=64), ValueError, ["int5", *FORMATS]),
     ("NaN scale", lambda: mc.pack(CODES, changed(SCALES, np.nan), group_size=64), ValueError, ["scales", "NaN"]),
     ("infinite scale", lambda: mc.pack(CODES, changed(SCALES, np.inf), group_size=64), ValueError, ["infinity"]),
+    ("int8 of floats", lambda: mc.pack(FLOAT8, SCALES, format="int8", group_size=64), ValueError, ["float8", "uint8"]),
+    (
+        "another float8",
+        lambda: mc.pack(FLOAT8.astype(ml_dtypes.float8_e5m2), SCALES, format="fp8_e4m3", group_size=64),
+        ValueError,
+        ["float8_e5m2", "uint8 or float8_e4m3fn"],
+    ),
+    (
+        "NaN code",
+        lambda: mc.pack(changed(FLOAT8, np.nan), SCALES, format="fp8_e4m3", group_size=64),
+        ValueError,
+        ["codes contain NaN", "fp8_e4m3"],
+    ),
+    (
+        "half scales of outputs",
+        lambda: mc.pack(FLOAT8, SCALES[:1], format="fp8_e4m3", group_size=-1),
+        ValueError,
+        ["float16", "float32"],
+    ),
+    (
+        "NaN scale of an output",
+        lambda: mc.pack(FLOAT8, np.full((1, N), np.nan, np.float32), format="fp8_e4m3", group_size=-1),
+        ValueError,
+        ["scales", "NaN"],
+    ),
+    (
+        "half scales of mxfp4",
+        lambda: mc.pack(CODES, SCALES, format="mxfp4", group_size=32),
+        ValueError,
+        ["float16", "float8_e8m0fnu"],
+    ),
+    (
+        "groups of mxfp4",
+        lambda: mc.pack(CODES, EXPONENTS, format="mxfp4", group_size=64),
+        ValueError,
+        ["group_size is 64", "per 32"],
+    ),
+    (
+        "scales of mxfp4",
+        lambda: mc.pack(CODES, EXPONENTS[1:], format="mxfp4", group_size=32),
+        ValueError,
+        ["(3, 63)", "32", "(4, 63)"],
+    ),
+    (
+        "NaN scale of mxfp4",
+        lambda: mc.pack(CODES, changed(EXPONENTS, 255), format="mxfp4", group_size=32),
+        ValueError,
+        ["scales", "NaN"],
+    ),
+    ("bytes as scales", lambda: mc.pack(CODES, EXPONENTS, group_size=32), ValueError, ["uint8", "float16 or bfloat16"]),
+    ("code 8", lambda: mc.pack(CODES, SCALES, format="int3", group_size=64), ValueError, ["15", "int3", "3 bits"]),
     ("no zero points", lambda: mc.pack(CODES, SCALES, format="uint4", group_size=64), ValueError, ["needs zero_point"]),
     ("zero points", lambda: mc.pack(CODES, SCALES, POINTS, group_size=64), ValueError, ["has no zero_points"]),
     (
@@ -239,7 +304,7 @@ OTHERS: list[Row] = [
     ("explain negative M", lambda: mc.explain((-1, K), "float16", W), ValueError, ["-1", "K=100"]),
     ("explain a number", lambda: mc.explain(3, "float16", W), TypeError, ["shape is 3", "(..., 100)"]),
     ("explain an array", lambda: mc.explain((3, K), "float16", WEIGHT), TypeError, ["ndarray", "QuantizedTensor"]),
-    ("format name", lambda: formats.get("int3"), ValueError, ["int3", *FORMATS]),
+    ("format name", lambda: formats.get("int5"), ValueError, ["int5", *FORMATS]),
     ("library name", lambda: frameworks.by_name("tensorflow"), ValueError, ["tensorflow", "numpy, cupy, torch, jax"]),
     ("device", lambda: Device.parse("cuda0"), ValueError, ["'cuda0'", "cuda:N"]),
     ("GPU", lambda: device.gpu(99), mc.DeviceError, ["cuda:99"]),
@@ -299,7 +364,7 @@ def test_a_machine_without_a_gpu_says_so(
     call: Callable[[Path], Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(device, "gpu_count", lambda: 0)
-    monkeypatch.setattr(tensor, "gpu_count", lambda: 0)
+    monkeypatch.setattr(packing, "gpu_count", lambda: 0)
     device.gpu.cache_clear()
     W.save(tmp_path / "w")
     with pytest.raises(mc.DeviceError, match=r"cuda:0 needs a CUDA GPU .* and there is none: ") as caught:

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from cases import DTYPES, FORMATS, HALF, ROWS, SHAPES, gaussian, rows
+from cases import DTYPES, FORMATS, HALF, ROWS, SHAPES, gaussian, rows, ways
 from only_dlpack import OnlyDlpack
 from product import Product
 
@@ -31,7 +31,7 @@ def float64(array: Any) -> np.ndarray:
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_the_product_is_that_of_the_dequantized_weight(name: str, dtype: str, shape: tuple[int, int]) -> None:
     K, N = shape
-    for group_size, scale_dtype in ((-1, "float16"), (16, "bfloat16"), (48, "float16"), (128, "bfloat16")):
+    for _, group_size, scale_dtype in (way for way in ways(-1, 16, 48, 128) if way[0] == name):
         w = mc.quantize(gaussian(K, N, seed=K), name, group_size, scale_dtype=scale_dtype)
         x = rows((max(ROWS), K), seed=N, dtype=dtype)
         product = Product(float64(x), float64(w.dequantize("float32")))
@@ -64,7 +64,7 @@ def test_leading_axes_are_kept(dtype: str, leading: tuple[int, ...]) -> None:
 @every_dtype
 def test_the_bias_is_added_before_the_rounding(name: str, dtype: str) -> None:
     K, N = 333, 65
-    w = mc.quantize(gaussian(K, N, seed=4), name, 64)
+    w = mc.quantize(gaussian(K, N, seed=4), name, FORMATS[name].group(64))
     x, bias = rows((33, K), seed=5, dtype=dtype), rows((N,), seed=6, dtype=dtype) * 100
     bias = bias.astype(DTYPES[dtype])
     product = Product(float64(x), float64(w.dequantize("float32")), float64(bias))

@@ -10,10 +10,11 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import ml_dtypes
 import numpy as np
 import pytest
 import safetensors.numpy
-from cases import DTYPES, FORMATS, HALF, gaussian, rows
+from cases import DTYPES, FORMATS, HALF, gaussian, rows, ways
 from only_dlpack import OnlyDlpack
 
 import marlin_cupy as mc
@@ -21,6 +22,11 @@ from marlin_cupy import formats, packing
 from marlin_cupy.device import CPU
 
 every_format = pytest.mark.parametrize("name", FORMATS)
+
+
+def every_group(*group_sizes: int) -> pytest.MarkDecorator:
+    """(name, group_size): every format with those of the sizes that it has."""
+    return pytest.mark.parametrize(("name", "group_size"), dict.fromkeys(way[:2] for way in ways(*group_sizes)))
 
 
 def jax_on_cpu(array: np.ndarray) -> jax.Array:
@@ -43,7 +49,7 @@ def test_quantize_takes_every_dtype_and_library(name: str, dtype: str) -> None:
     assert w.shape == (200, 70)
     assert w.format == name
     assert w.group_size == formats.get(name).default_group_size
-    assert w.scale_dtype == (dtype if dtype in HALF else "float16")
+    assert w.scale_dtype == FORMATS[name].scale(w.group_size, dtype)
     assert w.device == CPU
     assert isinstance(w.packed, np.ndarray)
     assert_same_weight(mc.quantize(jax_on_cpu(weight), name), w)
@@ -55,12 +61,13 @@ def test_quantize_takes_every_dtype_and_library(name: str, dtype: str) -> None:
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_quantize_takes_any_strides(name: str, dtype: str) -> None:
     weight = gaussian(200, 70, seed=2, dtype=dtype)
-    expected = mc.quantize(weight, name, 64)
+    group_size = FORMATS[name].group(64)
+    expected = mc.quantize(weight, name, group_size)
     transposed = np.ascontiguousarray(weight.T)  # as PyTorch's Linear holds it
     wide = np.zeros((400, 210), weight.dtype)
     wide[::2, ::3] = weight
     for strided in (transposed.T, np.asfortranarray(weight), wide[::2, ::3], weight[::-1].copy()[::-1]):
-        assert_same_weight(mc.quantize(strided, name, 64), expected)
+        assert_same_weight(mc.quantize(strided, name, group_size), expected)
 
 
 def test_quantize_leaves_the_weight_alone() -> None:
@@ -82,15 +89,15 @@ def test_a_subclass_of_an_array_type_is_an_array() -> None:
     np.testing.assert_array_equal(np.asarray(mc.matmul(x.view(Named), w)), mc.matmul(x, w))
 
 
-@every_format
-def test_the_scale_dtype_can_be_chosen(name: str) -> None:
+@pytest.mark.parametrize(("name", "group_size", "scale_dtype"), ways(64, -1))
+def test_the_scale_dtype_can_be_chosen(name: str, group_size: int, scale_dtype: str) -> None:
     weight = gaussian(128, 64, seed=6, dtype="float16")
-    w = mc.quantize(weight, name, scale_dtype="bfloat16")
-    assert w.scale_dtype == "bfloat16"
-    assert w.unpack().scales.dtype == DTYPES["bfloat16"]
+    w = mc.quantize(weight, name, group_size, scale_dtype=scale_dtype)
+    assert w.scale_dtype == scale_dtype
+    assert w.unpack().scales.dtype == DTYPES.get(scale_dtype, np.uint8)  # 8-bit scales are bits
 
 
-@every_format
+@pytest.mark.parametrize("name", [name for name, row in FORMATS.items() if not row.only_groups])
 def test_groups_longer_than_the_weight_are_one_group(name: str) -> None:
     weight = gaussian(100, 65, seed=7)
     one_group = mc.quantize(weight, name, -1)
@@ -102,7 +109,7 @@ def test_groups_longer_than_the_weight_are_one_group(name: str) -> None:
 
 @every_format
 def test_dequantize_rounds_once_to_any_dtype(name: str) -> None:
-    w = mc.quantize(gaussian(200, 70, seed=8, dtype="bfloat16"), name, 48)
+    w = mc.quantize(gaussian(200, 70, seed=8, dtype="bfloat16"), name, FORMATS[name].group(48))
     exact = w.dequantize("float32")
     assert exact.dtype == np.float32
     assert exact.shape == (200, 70)
@@ -118,7 +125,9 @@ def test_dequantize_rounds_once_to_any_dtype(name: str) -> None:
 def test_the_search_brings_the_weight_closer(name: str) -> None:
     weight = gaussian(512, 64, seed=9)
     error = {
-        search: np.linalg.norm(mc.quantize(weight, name, 128, search=search).dequantize("float32") - weight)
+        search: np.linalg.norm(
+            mc.quantize(weight, name, FORMATS[name].group(128), search=search).dequantize("float32") - weight
+        )
         for search in ("absmax", "mse")
     }
     assert error["mse"] <= error["absmax"]
@@ -127,16 +136,33 @@ def test_the_search_brings_the_weight_closer(name: str) -> None:
 # ---- unpack and pack
 
 
-@every_format
-@pytest.mark.parametrize("scale_dtype", HALF)
-@pytest.mark.parametrize("group_size", [-1, 48, 128])
-def test_pack_inverts_unpack(name: str, scale_dtype: str, group_size: int) -> None:
+@pytest.mark.parametrize(("name", "group_size", "scale_dtype"), ways(-1, 48, 128))
+def test_pack_inverts_unpack(name: str, group_size: int, scale_dtype: str) -> None:
     w = mc.quantize(gaussian(200, 70, seed=10), name, group_size, scale_dtype=scale_dtype)
     codes, scales, zero_points = w.unpack()
     assert codes.dtype == np.uint8
     assert codes.shape == (200, 70)
     assert scales.shape == (1 if group_size == -1 else -(-200 // group_size), 70)
-    assert_same_weight(mc.pack(codes, scales, zero_points, format=name, group_size=group_size), w)
+    again = mc.pack(codes, scales, zero_points, format=name, group_size=group_size)
+    assert_same_weight(again, w)
+    np.testing.assert_array_equal(again.dequantize("float32"), w.dequantize("float32"))
+
+
+@pytest.mark.parametrize("convert", [np.asarray, jax_on_cpu], ids=["numpy", "jax"])
+@pytest.mark.parametrize("group_size", [-1, 128])
+def test_codes_and_scales_come_as_floats_of_8_bits_too(group_size: int, convert: Any) -> None:
+    """As checkpoints hold them."""
+    w = mc.quantize(gaussian(200, 70, seed=10), "fp8_e4m3", group_size)
+    codes, scales, _ = w.unpack()
+    floats = convert(codes.view(ml_dtypes.float8_e4m3fn))
+    again = mc.pack(floats, convert(scales), format="fp8_e4m3", group_size=group_size)
+    assert_same_weight(again, w)
+    np.testing.assert_array_equal(again.dequantize("float32"), w.dequantize("float32"))
+
+    w = mc.quantize(gaussian(200, 70, seed=10), "mxfp4")
+    codes, scales, _ = w.unpack()
+    exponents = convert(scales.view(ml_dtypes.float8_e8m0fnu))
+    assert_same_weight(mc.pack(convert(codes), exponents, format="mxfp4", group_size=32), w)
 
 
 @pytest.mark.parametrize("dtype", [np.uint8, np.int32, np.int64, np.float32, np.float16])
@@ -149,7 +175,7 @@ def test_zero_points_come_in_any_numeric_dtype(dtype: type) -> None:
 
 
 def test_codes_mean_what_the_docstrings_say() -> None:
-    """int4: code - 8 times scale; uint4: code - zero point; int8: code - 128; nf4: QLoRA's table."""
+    """Integers: code less the middle or the zero point, times scale; nf4: QLoRA's table; floats: e2m1 and e4m3."""
     codes = np.arange(16, dtype=np.uint8)[:, None]
     scales = np.full((1, 1), 0.5, np.float16)
     k = np.arange(16, dtype=np.float32)[:, None]
@@ -161,6 +187,20 @@ def test_codes_mean_what_the_docstrings_say() -> None:
     np.testing.assert_array_equal(values("int8"), (k - 128) / 2)
     np.testing.assert_array_equal(values("uint4", np.full((1, 1), 3)), (k - 3) / 2)
     np.testing.assert_array_equal(values("nf4")[[0, 7, 15], 0], [-0.5, 0, 0.5])
+    few = np.arange(8, dtype=np.uint8)[:, None]
+    np.testing.assert_array_equal(
+        mc.pack(few, scales, format="int3", group_size=16).dequantize("float32"), (np.arange(8)[:, None] - 4) / 2
+    )
+    np.testing.assert_array_equal(
+        mc.pack(few[:4], scales, format="int2", group_size=16).dequantize("float32"), (np.arange(4)[:, None] - 2) / 2
+    )
+    half = np.full((1, 1), 126, np.uint8)  # 2**-1
+    floats = mc.pack(codes, half, format="mxfp4", group_size=32).dequantize("float32")[:, 0]
+    magnitudes = np.asarray([0, 0.5, 1, 1.5, 2, 3, 4, 6]) / 2
+    np.testing.assert_array_equal(floats, [*magnitudes, *-magnitudes])
+    bytes_of = np.asarray([[0x00, 0x01, 0x38, 0x7E, 0xB8]], np.uint8).T
+    floats = mc.pack(bytes_of, scales, format="fp8_e4m3", group_size=16).dequantize("float32")[:, 0]
+    np.testing.assert_array_equal(floats, [0, 2.0**-10, 0.5, 224, -0.5])
 
 
 # ---- the description
@@ -168,9 +208,10 @@ def test_codes_mean_what_the_docstrings_say() -> None:
 
 @every_format
 def test_nbytes_and_repr(name: str) -> None:
-    w = mc.quantize(gaussian(200, 70, seed=12), name, 64)
+    group_size = FORMATS[name].group(64)
+    w = mc.quantize(gaussian(200, 70, seed=12), name, group_size)
     assert w.nbytes == w.packed.nbytes
-    for part in (name, "K=200", "N=70", "group_size=64", "float16", "cpu", str(w.nbytes)):
+    for part in (name, "K=200", "N=70", f"group_size={group_size}", w.scale_dtype, "cpu", str(w.nbytes)):
         assert part in repr(w)
 
 
@@ -203,14 +244,16 @@ def test_moving_to_numpy_shares_memory_and_to_jax_keeps_the_contents() -> None:
 @every_format
 @pytest.mark.parametrize("search", ["absmax", "mse"])
 def test_update_writes_into_the_same_memory(name: str, search: str) -> None:
-    w = mc.quantize(gaussian(200, 70, seed=16), name, 64)
+    size = FORMATS[name].group(64)
+    w = mc.quantize(gaussian(200, 70, seed=16), name, size)
     address = w.packed.ctypes.data
     other = gaussian(200, 70, seed=17)
     assert w.update_(other, search) is w
     assert w.packed.ctypes.data == address
-    assert_same_weight(w, mc.quantize(other, name, 64, search=search))
-    w.update_(jax_on_cpu(other.astype(np.float16)))
-    assert_same_weight(w, mc.quantize(other.astype(np.float16), name, 64))
+    assert_same_weight(w, mc.quantize(other, name, size, search=search))
+    half = other.astype(np.float16)
+    w.update_(jax_on_cpu(half))
+    assert_same_weight(w, mc.quantize(half, name, size, scale_dtype=w.scale_dtype))
 
 
 def test_update_accepts_what_load_returns(tmp_path: Path) -> None:
@@ -253,7 +296,8 @@ def test_a_refused_update_changes_nothing(reason: str, monkeypatch: pytest.Monke
 @every_format
 def test_blocks_cover_the_columns_within_the_memory_bound(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     K, N = 200, 330
-    whole = mc.quantize(gaussian(K, N, seed=23), name, 48)
+    group_size = FORMATS[name].group(48)
+    whole = mc.quantize(gaussian(K, N, seed=23), name, group_size)
     expected = whole.dequantize("float32")
     bound = 2 * 64 * K
     monkeypatch.setitem(packing._BLOCK_WEIGHTS, "cpu", bound)
@@ -264,7 +308,7 @@ def test_blocks_cover_the_columns_within_the_memory_bound(name: str, monkeypatch
         assert values.dtype == np.float32
         np.testing.assert_array_equal(values, expected[:, columns])
     np.testing.assert_array_equal(whole.dequantize("float32"), expected)
-    assert_same_weight(mc.quantize(gaussian(K, N, seed=23), name, 48), whole)  # quantized block by block
+    assert_same_weight(mc.quantize(gaussian(K, N, seed=23), name, group_size), whole)  # quantized block by block
     x = rows((7, K), 24, "float16")
     in_blocks = mc.matmul(x, whole)
     monkeypatch.undo()
@@ -302,8 +346,7 @@ def saved(tmp_path: Path) -> Path:
     return path
 
 
-@every_format
-@pytest.mark.parametrize("group_size", [-1, 48, 128])
+@every_group(-1, 48, 128)
 def test_a_saved_weight_loads_bit_for_bit(name: str, group_size: int, tmp_path: Path) -> None:
     w = mc.quantize(gaussian(200, 70, seed=26, dtype="bfloat16"), name, group_size)
     path = tmp_path / "weight with spaces"
@@ -313,8 +356,7 @@ def test_a_saved_weight_loads_bit_for_bit(name: str, group_size: int, tmp_path: 
     assert os.listdir(tmp_path) == [path.name]
 
 
-@every_format
-@pytest.mark.parametrize("group_size", [-1, 64, 256])
+@every_group(-1, 64, 256)
 def test_a_part_of_a_file(name: str, group_size: int, tmp_path: Path) -> None:
     w = mc.quantize(gaussian(600, 200, seed=26), name, group_size)
     w.save(tmp_path / "w")
@@ -516,8 +558,10 @@ def test_saving_over_a_folder_fails_and_leaves_nothing(tmp_path: Path) -> None:
 # ---- shards
 
 
-@pytest.mark.parametrize("name", FORMATS)
-@pytest.mark.parametrize("group_size", [-1, 16, 96, 128, 384])
+@pytest.mark.parametrize(
+    ("name", "group_size"),
+    dict.fromkeys(way[:2] for way in ways(-1, 16, 96, 128, 384) if way[1] not in FORMATS[way[0]].output_scales),
+)
 def test_cut_weights_are_the_cut_matrix(name: str, group_size: int) -> None:
     w = mc.quantize(gaussian(900, 200, seed=1), name, group_size)
     dense = w.dequantize("float32")

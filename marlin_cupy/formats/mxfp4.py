@@ -7,12 +7,9 @@ from typing import Any
 from marlin_cupy.device import namespace
 from marlin_cupy.formats.format import SCALE, Bits, Format, Params, Plane, reciprocal
 from marlin_cupy.formats.registry import register
-from marlin_cupy.scalars import E8M0, U4
+from marlin_cupy.scalars import E2M1, E8M0, U4
 
 Array = Any
-
-#: Of codes 0 to 7 (e2m1: a sign, two bits of exponent, one of mantissa); 8 to 15 are the same, negative.
-MAGNITUDES = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
 
 
 def _planes() -> tuple[Plane, ...]:
@@ -28,7 +25,7 @@ def _planes() -> tuple[Plane, ...]:
 
 
 class MicroscalingFloat4(Format):
-    """weight = (-1)**sign * MAGNITUDES[code % 8] * 2**(scale bits - 127)."""
+    """weight = value of the 4-bit float (0, 0.5, 1, 1.5, 2, 3, 4, 6, and their negatives) * 2**(scale bits - 127)."""
 
     @property
     def zero_code(self) -> int:
@@ -55,21 +52,11 @@ class MicroscalingFloat4(Format):
 
     def encode(self, weights: Array, params: Params) -> Array:
         """Round to nearest, ties to the even code, then clamp to 6."""
-        xp = namespace(weights)
-        scaled = weights * reciprocal(params[SCALE])[:, None, :]
-        magnitude = xp.minimum(xp.abs(scaled), xp.float32(6))
-        _, exponent = xp.frexp(magnitude)  # magnitude = fraction * 2**exponent, fraction from 1/2 to 1
-        step = xp.maximum(exponent - 1, 0) - 1  # exponent of the distance between codes
-        codes = ((step + 1) << 1) + xp.rint(xp.ldexp(magnitude, -step)).astype(xp.int32)
-        return (codes + xp.where(xp.signbit(scaled), 8, 0)).astype(xp.uint8)
+        return E2M1.to_bits(weights * reciprocal(params[SCALE])[:, None, :])
 
     def decode(self, codes: Array, params: Params) -> Array:
-        """Sign and magnitude, then the scale, in float32."""
-        xp = namespace(codes)
-        exponent, mantissa = (codes >> 1) & 3, (codes & 1).astype(xp.float32)
-        normal = xp.ldexp(1 + mantissa / 2, xp.maximum(exponent.astype(xp.int32) - 1, 0))
-        magnitude = xp.where(exponent == 0, mantissa / 2, normal)
-        return xp.where(codes >= 8, -magnitude, magnitude).astype(xp.float32) * params[SCALE][:, None, :]
+        """The float, then the scale, in float32."""
+        return E2M1.from_bits(codes) * params[SCALE][:, None, :]
 
 
 register(

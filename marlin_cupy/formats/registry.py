@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
+from collections import Counter
+
 from marlin_cupy.formats.format import Format
 
 _FORMATS: dict[str, Format] = {}
@@ -11,16 +14,17 @@ def register(format: Format) -> None:
     """Make ``format`` available under its name; ValueError if the name is taken or its planes are not its codes."""
     if format.name in _FORMATS:
         raise ValueError(f"a format named {format.name!r} is registered already.")
-    held: dict[int, int] = {}  # code of a unit -> mask of its bits
+    held: Counter[tuple[int, int]] = Counter()  # (code, bit) of the codes that a lane has of a slab
     for plane in format.planes:
-        size = sum(run.width for run in plane)
-        values = {run.value for run in plane}
-        if size not in (32, 64) or len(values) % 8 or values != set(range(len(values))):
-            raise ValueError(f"a plane of format {format.name!r} has {size} bits of {len(values)} codes; use 32 or 64.")
-        for atoms in range(0, 64, len(values)):
-            for run in plane:
-                held[atoms + run.value] = held.get(atoms + run.value, 0) + (((1 << run.width) - 1) << run.first)
-    if set(held.values()) != {format.max_code}:
+        size, codes = sum(run.width for run in plane), len({run.value for run in plane})
+        if size not in (32, 64) or codes % 8:
+            raise ValueError(
+                f"a plane of format {format.name!r} has {size} bits of {codes} codes; "
+                "use 32 or 64 bits of a multiple of 8 codes."
+            )
+        for unit, run in itertools.product(range(0, 64, codes), plane):
+            held.update((unit + run.value, bit) for bit in range(run.first, run.first + run.width))
+    if held != Counter(itertools.product(range(64), range(format.bits))):
         raise ValueError(f"the planes of format {format.name!r} do not hold each bit of its codes exactly once.")
     _FORMATS[format.name] = format
 
