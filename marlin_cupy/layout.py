@@ -111,6 +111,12 @@ class ParameterLayout:
         return 16 * self.field.scalar.bits // 8
 
     @property
+    def first_granule(self) -> int:
+        """Where it starts, in granules of its own size: wider parameters are stored first, so that this is whole."""
+        assert self.start % (2 * self.rows_bytes) == 0, self
+        return self.start // (2 * self.rows_bytes)
+
+    @property
     def nbytes(self) -> int:
         """Of a half slab."""
         return SLAB_K // self.granule * 2 * self.rows_bytes
@@ -279,15 +285,15 @@ class Layout:
                 f"    struct {place.field.name} {{",
                 f"        using Type = {place.field.scalar.cpp};",
                 "        static __device__ constexpr int at(int k_granule, int rows) {",
-                f"            return (({place.start // (2 * place.rows_bytes)} + k_granule) * 2 + rows) * {place.rows_bytes};",
+                f"            return (({place.first_granule} + k_granule) * 2 + rows) * {place.rows_bytes};",
                 "        }",
                 "    };",
             ]
         for number, plane in enumerate(self.planes):
             lines += [
                 f"    struct plane{number} {{",
-                f"        static constexpr int number = {number}, bits = {plane.bits}, load_bytes = {plane.load_bytes};",
-                f"        static constexpr int load_atoms = {plane.load_atoms};  // of 16 K in a lane's load",
+                f"        static constexpr int number = {number}, bits = {plane.bits};",
+                f"        static constexpr int load_bytes = {plane.load_bytes}, load_atoms = {plane.load_atoms};  // of a lane",
                 "        static __device__ constexpr int at(int k_block, int rows) {",
                 f"            return {plane.start} + (2 * k_block + rows) * {_LANES * plane.load_bytes};",
                 "        }",

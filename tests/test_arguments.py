@@ -8,9 +8,12 @@ from typing import Annotated
 import pytest
 
 import marlin_cupy as mc
+from marlin_cupy import kernels
 from marlin_cupy.jit import compile as jit_compile
 from marlin_cupy.jit import source
 from marlin_cupy.kernels.arguments import Int, Int64, Struct, TensorMap, pointer
+from marlin_cupy.kernels.cuda import CudaKernel
+from marlin_cupy.spec import Spec
 
 
 class Inner(Struct):
@@ -31,7 +34,8 @@ class Args(Struct):
 
 
 def text(arguments: type[Struct], *more: str) -> str:
-    return source.inline("\n".join([*Inner.cpp(), *arguments.cpp(), 'extern "C" __global__ void gemm() {}', *more]))
+    lines = [*Inner.cpp(), *arguments.cpp(), *arguments.asserts(), 'extern "C" __global__ void gemm() {}', *more]
+    return source.inline("\n".join(lines))
 
 
 def test_members_lie_where_cpp_has_them() -> None:
@@ -74,3 +78,14 @@ def test_a_struct_of_cuda_src_is_checked_and_not_printed() -> None:
     assert not any(line.startswith("struct") for line in Vector.cpp())
     with pytest.raises(mc.CompileError, match="so many bytes"):
         jit_compile.compile(source.inline("\n".join(['#include "ptx/types.cuh"', *Vector.cpp()])), "sm_90a")
+
+
+@pytest.mark.parametrize("kernel", [*kernels.GEMM.kernels, *kernels.DEQUANTIZE.kernels], ids=lambda kernel: kernel.name)
+def test_every_kernel_finds_its_arguments_where_the_host_packs_them(kernel: kernels.Kernel) -> None:
+    if isinstance(kernel, CudaKernel):
+        lines = ["constexpr bool STACKED = false;", *spec.layout.cpp().splitlines()]
+        lines = ['#include "ptx/types.cuh"', *lines, '#include "layout.cuh"', *kernel.arguments.cpp()]
+        jit_compile.compile(source.inline("\n".join([*lines, *kernel.arguments.asserts()])), "sm_90a")
+
+
+spec = Spec.checked("int4", (4096, 4096), 128, "float16")
