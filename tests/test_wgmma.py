@@ -138,11 +138,11 @@ def test_every_tile_is_computed_and_every_block_has_work(shape: tuple[int, int],
             assert grid.tiles_m * config.tokens >= M > (grid.tiles_m - 1) * config.tokens
             assert grid.tiles // grid.tiles_m * config.rows >= N
             assert grid.tiles % grid.tiles_m == 0
-            assert 1 <= grid.blocks <= grid.tiles * asked.spec.layout.packed_shape[1]
+            assert 1 <= grid.blocks <= grid.tiles * asked.w.layout.packed_shape[1]
             assert grid.whole * grid.blocks + grid.shared_tiles >= grid.tiles
             assert grid.shared_tiles < 2 * grid.blocks
             assert grid.shared_tiles <= launch.MAX_COUNTERS
-            assert not grid.shared_tiles or every_sharing_block_is_waited_for(grid, asked.spec.layout.packed_shape[1])
+            assert not grid.shared_tiles or every_sharing_block_is_waited_for(grid, asked.w.layout.packed_shape[1])
             assert not grid.shared_tiles or config.cluster == 1
             assert not grid.shared_tiles or grid.blocks <= sm90_wgmma.slots(config, H200)  # they wait for no other
             assert tiling.dependent
