@@ -204,10 +204,10 @@ def test_the_kernel_says_what_it_does_not_serve() -> None:
     for K in (1, 4, 4095, 4100):
         assert f"K={K}" in refusal(K=K)
     assert "16384 bytes" in refusal(gpu=dataclasses.replace(H200, shared_per_block=16384))
-    assert list(KERNEL.variants(problem(1).spec, "bfloat16", H200)) == []
-    assert list(KERNEL.variants(problem(1).spec, "float16", GPUS["sm_80"])) == []
+    assert list(KERNEL.variants(problem(1).w, "bfloat16", H200)) == []
+    assert list(KERNEL.variants(problem(1).w, "float16", GPUS["sm_80"])) == []
     for K in (1, 4096):  # of a spec the format, granule and scales count, not the shape
-        assert len(list(KERNEL.variants(problem(1, K).spec, "float16", H200))) == len(sm90_wgmma.CONFIGS)
+        assert len(list(KERNEL.variants(problem(1, K).w, "float16", H200))) == len(sm90_wgmma.CONFIGS)
 
 
 # ---- batch_invariant
