@@ -22,7 +22,7 @@ import marlin_cupy as mc
 from marlin_cupy import formats, frameworks, kernels
 from marlin_cupy.device import gpu
 from marlin_cupy.formats.scalars import ROUNDOFF
-from marlin_cupy.kernels import dequantize
+from marlin_cupy.kernels import Dense, dequantize
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")  # of its own import
@@ -82,7 +82,7 @@ def test_dense_weights_are_the_dequantized_ones(name: str, dtype: str, shape: tu
         in_float32 = w.dequantize("float32").astype(cupy.float64)
         slabs = -(-shape[0] // 128)
         for run in {range(slabs), range(slabs // 2, slabs), range(slabs - 1, slabs), range(1)}:
-            found = dequantize.dense(FRAMEWORK, w, w.spec, dtype, run)
+            found = kernels.DEQUANTIZE.ready(Dense(w.spec, dtype, gpu())).dense(FRAMEWORK, w, run)
             start, stop = 128 * run.start, min(128 * run.stop, shape[0])
             assert tuple(found.shape) == (shape[1], stop - start)
             case = f"group_size={group_size}, scales {scale_dtype}, {run}"
@@ -99,9 +99,9 @@ def test_cupy_and_other_streams_can_have_dense_weights() -> None:
     w = mc.quantize(weights(1000, 300))
     expected = w.dequantize("float16").T
     cupy.cuda.Device().synchronize()
-    framework = frameworks.of(w.packed)
+    framework, plan = frameworks.of(w.packed), kernels.DEQUANTIZE.ready(Dense(w.spec, "float16", gpu()))
     with cupy.cuda.Stream(non_blocking=True) as stream:
-        found = dequantize.dense(framework, w, w.spec, "float16", range(8))
+        found = plan.dense(framework, w, range(8))
         stream.synchronize()
     cupy.testing.assert_array_equal(found, expected)
 

@@ -181,7 +181,7 @@ def test_the_streaming_kernel_gives_every_tile_to_a_cluster_that_is_resident() -
         for N in (1, 64, 65, 1000, 3000, 6144, 8192, 10240, 28672, 57344, 250000):
             for m in (1, 8, 9, 16):
                 problem = product_of(m, "float16", Spec(name, (4096, N), 64, "float16"), H200)
-                layout = problem.spec.layout
+                layout = problem.w.layout
                 for candidate in sm90_stream.KERNEL.candidates(problem):
                     assert isinstance(candidate.configuration, sm90_stream.Streams)
                     config, clusters = candidate.configuration.config, candidate.configuration.clusters
@@ -562,7 +562,7 @@ def test_a_bundle_that_cannot_be_written_is_an_error(cache_folder: Path, tmp_pat
 @every_dtype
 def test_the_kernel_for_dense_weights_compiles_everywhere_and_spills_nowhere(name: str, dtype: str) -> None:
     for group_size, scale_dtype in ((16, "float16"), (-1, "bfloat16")):
-        text = dequantize.variant(spec(name, group_size, scale_dtype), dtype)[1]
+        ((_, text),) = kernels.DEQUANTIZE.variants(spec(name, group_size, scale_dtype), dtype, H200)
         for arch in GPUS:
             assert build(text, arch).spill_bytes == 0
         reserved = re.search(r"SHARED_BYTES = (\d+);", text)

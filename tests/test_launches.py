@@ -8,13 +8,14 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from cases import GPUS, product_of
+from cases import GPUS, fresh_gemm, product_of
 
+import marlin_cupy as mc
 from marlin_cupy import kernels, writes
 from marlin_cupy.device import Device
 from marlin_cupy.frameworks import StreamFramework
 from marlin_cupy.jit import launch, tensor_map
-from marlin_cupy.kernels import Operand, Problem, Stacked, sm80_gemm, sm90_stream, sm90_wgmma
+from marlin_cupy.kernels import Grouped, Operand, Problem, Scales, Stacked, sm80_gemm, sm90_stream, sm90_wgmma, tuned
 from marlin_cupy.kernels.arguments import Struct
 from marlin_cupy.kernels.cuda import CudaConfiguration, ProductKernel
 from marlin_cupy.kernels.operands import Rows
@@ -290,3 +291,36 @@ def test_rows_know_where_they_start() -> None:
     assert Rows(40, 4, 5).start_at(8)
     assert not Rows(32, 4, 5).start_at(16)
     assert Rows(32, 3, 1).start_at(16)
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        ({"x": Operand("float32"), "y": "float32"}, "takes float16 or bfloat16 activations, not float32"),
+        ({"x": Operand("float16", Scales.ROWS)}, "not with a scale and a sum per row"),
+        ({"y": "float32"}, "gives y the dtype of x, float16, not float32"),
+        ({"select": Grouped(8)}, "not 8 groups of rows by weights of their own"),
+    ],
+    ids=["float32", "scales of rows", "another y", "groups"],
+)
+def test_what_the_seams_have_room_for_is_refused_with_a_reason(change: dict[str, Any], reason: str) -> None:
+    spec = Spec("int4", (K, 4096), 128, "float16")
+    asked = dataclasses.replace(product_of(8, "float16", spec, H200), **change)
+    found = kernels.GEMM.refusals(asked)
+    assert all(reason in str(found[name]) for name in ("sm80_gemm", "sm90_stream", "sm90_wgmma"))
+    on_host = dataclasses.replace(asked, gpu=None)
+    assert reason in str(kernels.GEMM.refusals(on_host)["reference"])
+    with pytest.raises(mc.UnsupportedError, match="no kernel serves this multiplication"):
+        kernels.GEMM.choose(on_host)
+
+
+def test_plans_are_made_once_and_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    operation, made = fresh_gemm(), []
+    monkeypatch.setattr(operation, "plan", lambda problem, candidate: made.append(candidate) or len(made))
+    asked = [product_of(M, "float16", Spec("int4", (K, 4096), 128, "float16"), H200) for M in (1, 1, 64, 1)]
+    assert [operation.ready(each) for each in asked] == [1, 1, 2, 1]
+    last = operation.candidates(asked[0])[-1]
+    assert operation.ready(asked[0], last) == operation.ready(asked[0], last) == 3
+    assert [each.key for each in made] == [operation.choose(asked[0]).key, operation.choose(asked[2]).key, last.key]
+    tuned.forget()
+    assert operation.ready(asked[0]) == 4

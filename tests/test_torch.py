@@ -17,12 +17,13 @@ from typing import Any
 import numpy as np
 import pytest
 import safetensors.torch
-from cases import FORMATS, HALF, gaussian, rows
+from cases import FORMATS, GPUS, HALF, gaussian, rows
 from product import Product
 from rich.console import Console
 
 import marlin_cupy as mc
-from marlin_cupy.kernels import dequantize
+from marlin_cupy import kernels
+from marlin_cupy.kernels import Dense, dequantize
 from marlin_cupy.timing import Summary
 
 with warnings.catch_warnings():
@@ -143,12 +144,17 @@ def test_gradients_from_dense_runs_are_put_side_by_side(run_bytes: int, monkeypa
     w = weight(shape=(600, N))
     dense = w.dequantize("float16").T
 
-    def of_run(framework: Any, packed: Any, spec: Any, dtype: str, run: range) -> torch.Tensor:
-        assert (spec, dtype, packed.pointer) == (w.spec, "float16", w.packed.data_ptr())
-        return dense[:, 128 * run.start : 128 * run.stop]
+    class Plan:
+        def __init__(self, problem: Dense) -> None:
+            assert problem == Dense(w.spec, "float16", GPUS["sm_90a"])
+
+        def dense(self, framework: Any, packed: Any, run: range) -> torch.Tensor:
+            assert packed.pointer == w.packed.data_ptr()
+            return dense[:, 128 * run.start : 128 * run.stop]
 
     monkeypatch.setattr(dequantize, "_RUN_BYTES", run_bytes)
-    monkeypatch.setattr(dequantize, "dense", of_run)
+    monkeypatch.setattr(compiler, "gpu", lambda index: GPUS["sm_90a"])
+    monkeypatch.setattr(kernels.DEQUANTIZE, "ready", Plan)
     for y in (activations(6, columns=N).reshape(2, 3, N), activations(1, columns=N).expand(4, N)):
         spec = (w.format, *w.shape, w.group_size, w.scale_dtype)
         found = compiler._transposed_cuda(y, w.packed, torch.ones(N), *spec)

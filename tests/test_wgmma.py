@@ -138,11 +138,11 @@ def test_every_tile_is_computed_and_every_block_has_work(shape: tuple[int, int],
             assert grid.tiles_m * config.tokens >= M > (grid.tiles_m - 1) * config.tokens
             assert grid.tiles // grid.tiles_m * config.rows >= N
             assert grid.tiles % grid.tiles_m == 0
-            assert 1 <= grid.blocks <= grid.tiles * asked.spec.layout.packed_shape[1]
+            assert 1 <= grid.blocks <= grid.tiles * asked.w.layout.packed_shape[1]
             assert grid.whole * grid.blocks + grid.shared_tiles >= grid.tiles
             assert grid.shared_tiles < 2 * grid.blocks
             assert grid.shared_tiles <= launch.MAX_COUNTERS
-            assert not grid.shared_tiles or every_sharing_block_is_waited_for(grid, asked.spec.layout.packed_shape[1])
+            assert not grid.shared_tiles or every_sharing_block_is_waited_for(grid, asked.w.layout.packed_shape[1])
             assert not grid.shared_tiles or config.cluster == 1
             assert not grid.shared_tiles or grid.blocks <= sm90_wgmma.slots(config, H200)  # they wait for no other
             assert tiling.dependent
@@ -204,10 +204,10 @@ def test_the_kernel_says_what_it_does_not_serve() -> None:
     for K in (1, 4, 4095, 4100):
         assert f"K={K}" in refusal(K=K)
     assert "16384 bytes" in refusal(gpu=dataclasses.replace(H200, shared_per_block=16384))
-    assert list(KERNEL.variants(problem(1).spec, "bfloat16", H200)) == []
-    assert list(KERNEL.variants(problem(1).spec, "float16", GPUS["sm_80"])) == []
+    assert list(KERNEL.variants(problem(1).w, "bfloat16", H200)) == []
+    assert list(KERNEL.variants(problem(1).w, "float16", GPUS["sm_80"])) == []
     for K in (1, 4096):  # of a spec the format, granule and scales count, not the shape
-        assert len(list(KERNEL.variants(problem(1, K).spec, "float16", H200))) == len(sm90_wgmma.CONFIGS)
+        assert len(list(KERNEL.variants(problem(1, K).w, "float16", H200))) == len(sm90_wgmma.CONFIGS)
 
 
 # ---- batch_invariant

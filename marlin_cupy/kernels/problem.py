@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import enum
-import functools
 from abc import ABC, abstractmethod
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from marlin_cupy.device import Gpu
@@ -83,10 +82,11 @@ class Problem(Asked):
     gpu: Gpu | None
     batch_invariant: bool = False
     select: Select = ONE
+    _hash: int = field(init=False, repr=False, compare=False)
 
-    @functools.cached_property
-    def _hash(self) -> int:
-        return hash((self.M, self.x, self.w, self.y, self.gpu, self.batch_invariant, self.select))
+    def __post_init__(self) -> None:
+        values = self.M, self.x, self.w, self.y, self.gpu, self.batch_invariant, self.select
+        object.__setattr__(self, "_hash", hash(values))
 
     def __hash__(self) -> int:
         return self._hash  # plans are looked up by it again and again
