@@ -293,7 +293,8 @@ class Layout:
             lines += [
                 f"    struct plane{number} {{",
                 f"        static constexpr int number = {number}, bits = {plane.bits};",
-                f"        static constexpr int load_bytes = {plane.load_bytes}, load_atoms = {plane.load_atoms};  // of a lane",
+                "        // What a lane loads at once.",
+                f"        static constexpr int load_bytes = {plane.load_bytes}, load_atoms = {plane.load_atoms};",
                 "        static __device__ constexpr int at(int k_block, int rows) {",
                 f"            return {plane.start} + (2 * k_block + rows) * {_LANES * plane.load_bytes};",
                 "        }",
