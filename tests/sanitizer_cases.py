@@ -26,7 +26,7 @@ import marlin_cupy as mc
 from marlin_cupy import frameworks
 from marlin_cupy.device import gpu
 from marlin_cupy.formats.scalars import ROUNDOFF
-from marlin_cupy.kernels import Problem, dequantize, sm80_gemm, sm90_stream, sm90_wgmma
+from marlin_cupy.kernels import Problem, dequantize, measured, sm80_gemm, sm90_stream, sm90_wgmma
 from marlin_cupy.kernels.cuda import CudaConfiguration, CudaKernel
 
 #: (K, N): edges in both directions; and enough steps for blocks to share a tile.
@@ -55,13 +55,13 @@ Case = tuple[CudaKernel, int, CudaConfiguration]  # with the number of rows
 def portable_cases(dtype: str, w: mc.QuantizedTensor, only_every: int) -> Iterator[Case]:
     """Every configuration for its own M and for one row more than a tile, tiles whole and shared in several ways."""
     found = [
-        (largest_m, rated)
-        for largest_m in sm80_gemm.CONFIGS
-        for rated in sm80_gemm.configs(largest_m, w.spec, dtype, gpu())
+        (size.up_to, rated)
+        for size in measured.of(gpu()).read(sm80_gemm.Costs, sm80_gemm.KERNEL.name).sizes
+        for rated in sm80_gemm.configs(size.up_to, w.spec, dtype, gpu())
     ]
     for largest_m, rated in found[::only_every]:
         for M in (max(1, largest_m - 3), rated.config.tokens + 1):
-            grid = sm80_gemm.grids(rated, M, w.layout, gpu(), dtype)[0][1]
+            grid = sm80_gemm.grids(rated, M, w.layout, gpu(), dtype, measured.of(gpu()))[0][1]
             steps = grid.tiles * grid.steps
             for blocks in sorted({grid.tiles, max(1, 2 * steps // 3), steps}):
                 yield sm80_gemm.KERNEL, M, sm80_gemm.Tiling(rated.config, dataclasses.replace(grid, blocks=blocks))

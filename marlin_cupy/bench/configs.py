@@ -18,7 +18,7 @@ from marlin_cupy import frameworks
 from marlin_cupy.bench.contenders import Ours, Setup, fill_normal
 from marlin_cupy.bench.shapes import Shape
 from marlin_cupy.device import gpu, gpu_count, import_cupy, no_gpu
-from marlin_cupy.kernels import Problem, sm80_gemm
+from marlin_cupy.kernels import Problem, measured, sm80_gemm
 from marlin_cupy.timing import CupyRun, EventTimer, Sampling, interleave, prepare
 
 LAYER = Shape("70b_gate_up", 8192, 57344)
@@ -29,18 +29,20 @@ def measure() -> list[tuple[int, sm80_gemm.RatedConfig, float]]:
     cupy = import_cupy("the benchmark")
     properties, results = gpu(0), []
     with cupy.cuda.Stream(non_blocking=True) as stream:
+        known = measured.of(properties)
         setup = Setup(LAYER, "int4", 128, "float16", properties, stream)
         weights = Ours(setup).weights
         slabs_n, slabs_k, _ = weights[0].layout.packed_shape
         time, sampling = EventTimer(stream), Sampling(sample_ms=12.0, samples=9)
-        for m in sm80_gemm.CONFIGS:
+        for size in known.read(sm80_gemm.Costs, sm80_gemm.KERNEL.name).sizes:
+            m = size.up_to
             x = cupy.empty((m, LAYER.K), dtype=cupy.float16)
             fill_normal(x, "float16", 1.0)
             y = cupy.empty((m, LAYER.N), dtype=cupy.float16)
             found = sm80_gemm.configs(m, weights[0].spec, "float16", properties)
             graphs = {}
             for number, rated in enumerate(found):
-                grid = sm80_gemm.grids(rated, m, weights[0].layout, properties, "float16")[0][1]
+                grid = sm80_gemm.grids(rated, m, weights[0].layout, properties, "float16", known)[0][1]
                 tiling = sm80_gemm.Tiling(rated.config, grid)
                 plan = sm80_gemm.KERNEL.plan(Problem(m, "float16", weights[0].spec, properties), tiling)
                 steps = [functools.partial(plan.multiply, frameworks.of(x), x, w, None, y, False) for w in weights]

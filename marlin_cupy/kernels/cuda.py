@@ -11,8 +11,9 @@ from typing import Any, ClassVar, Generic, TypeVar
 from marlin_cupy.device import Gpu
 from marlin_cupy.frameworks import Framework, StreamFramework
 from marlin_cupy.jit import launch, source
+from marlin_cupy.kernels.measured import Measured
 from marlin_cupy.kernels.operands import Launcher, Rows, Weight
-from marlin_cupy.kernels.problem import Configuration, Kernel, Plan, Problem
+from marlin_cupy.kernels.problem import Candidate, Configuration, Kernel, Plan, Problem
 from marlin_cupy.layout import Layout
 from marlin_cupy.spec import Spec
 
@@ -146,3 +147,7 @@ class CudaKernel(Kernel):
             config.most_shared_bytes(problem.gpu),
         )
         return self.plan_type(function, configuration, problem)
+
+    @abstractmethod
+    def rated(self, problem: Problem, known: Measured) -> list[Candidate]:
+        """All that could be measured for a problem, not only what is offered, with times as ``known`` predicts them."""
