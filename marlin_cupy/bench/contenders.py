@@ -137,7 +137,7 @@ class Ours(Contender):
 
     def run(self, m: int, dependent: bool) -> Run:
         """One launch per weight copy, all with the same x and y."""
-        x, y = _activations(self._setup, m)
+        x, y = activations(self._setup, m)
         if self._setup.kernel is None:
             options = {"dependent": dependent, "batch_invariant": self._setup.batch_invariant}
             steps = [functools.partial(matmul, x, weight, None, y, **options) for weight in self.weights]
@@ -208,7 +208,7 @@ class CupyCublas(Contender):
     def run(self, m: int, dependent: bool) -> Run:
         """One GEMM per weight copy."""
         cupy = import_cupy("the benchmark")
-        x, y = _activations(self._setup, m)
+        x, y = activations(self._setup, m)
         steps = [functools.partial(cupy.dot, x, weight.T, out=y) for weight in self._weights]
         return CupyRun(self._setup.stream, steps, functools.partial(_error, self._setup.dtype, x, y, self._dense))
 
@@ -218,7 +218,7 @@ class CupyCublas(Contender):
         return as_float32(self._weights[0], self._setup.dtype).T
 
 
-def _activations(setup: Setup, m: int) -> tuple[Array, Array]:
+def activations(setup: Setup, m: int) -> tuple[Array, Array]:
     """x (M, K), random, and y (M, N)."""
     cupy = import_cupy("the benchmark")
     x = cupy.empty((m, setup.shape.K), dtype=_NUMPY_DTYPES[setup.dtype])
