@@ -19,7 +19,7 @@ import pytest
 from cases import GPUS
 from rich.console import Console
 
-from marlin_cupy import timing
+from marlin_cupy import numerics, timing
 from marlin_cupy.bench import (
     compile_times,
     contenders,
@@ -229,7 +229,7 @@ def test_without_torch_its_contenders_say_so(
 class FakeContender(Contender):
     """A contender with a FakeRun."""
 
-    weight_bytes, copies, tolerance, description = 1 << 20, 2, 1e-3, "a fake"
+    weight_bytes, copies, description = 1 << 20, 2, "a fake"
 
     def __init__(
         self, name: str, error: float | None, fail: Exception | None = None, reason: str | None = None
@@ -239,6 +239,9 @@ class FakeContender(Contender):
 
     def refuses(self, m: int) -> str | None:
         return self._reason
+
+    def tolerance(self, m: int) -> float:
+        return 1e-3
 
     def details(self, m: int, dependent: bool) -> tuple[str, str]:
         return "kernel of " + self.name, f"M = {m}"
@@ -625,7 +628,7 @@ def test_a_run_from_weights_to_files(
         assert set(row.us) == {OURS, FLOOR, CUBLAS}
         assert row.errors.keys() == {OURS, CUBLAS}
         assert row.error is not None
-        assert 0 < row.error < contenders.TOLERANCE[dtype] / 2
+        assert 0 < row.error < numerics.unstated_bound(dtype) / 2
         assert row.kernel == "reference"
         assert row.cold
         assert row.skipped.keys() == {TINYGEMM, HUMMING}

@@ -25,7 +25,7 @@ ROWS = (
     ("errors",),
     ("device",),
     ("frameworks", "formats", "timing", "progress", "writes"),
-    ("layout",),
+    ("layout", "numerics"),
     ("spec",),
     ("files",),
     ("packing",),

@@ -22,7 +22,8 @@ from marlin_cupy.bench import read_floor
 from marlin_cupy.bench.shapes import Shape
 from marlin_cupy.device import Gpu, import_cupy, namespace
 from marlin_cupy.formats.scalars import BFLOAT16, FLOAT16, from_bits, to_bits
-from marlin_cupy.kernels import Candidate
+from marlin_cupy.kernels import Candidate, Problem
+from marlin_cupy.numerics import normal_bound, unstated_bound
 from marlin_cupy.quantizing import quantize
 from marlin_cupy.tensor import QuantizedTensor
 from marlin_cupy.timing import CupyRun, EventTimer, Replay, Run, copies, is_cold
@@ -31,9 +32,8 @@ Array = Any  # a CuPy array
 
 OURS, FLOOR, CUBLAS, TINYGEMM, HUMMING = "marlin_cupy", "read_floor", "cublas", "tinygemm", "humming"
 
-#: Relative Frobenius errors above these are called wrong. A correct kernel stays well below them: one rounding of the
-#: result costs 2e-4 in float16 and 1.7e-3 in bfloat16, rounded weights or partial sums two or three times that.
-TOLERANCE = {FLOAT16: 2e-3, BFLOAT16: 1e-2}
+#: A relative error so many times the bound of our kernel is called wrong: what it is compared with is rounded too.
+_SLACK = 2
 
 _NUMPY_DTYPES = {FLOAT16: numpy.dtype(numpy.float16), BFLOAT16: numpy.dtype(ml_dtypes.bfloat16)}
 _NAN_BITS = 0x7FFF  # NaN in float16 and in bfloat16
@@ -67,17 +67,22 @@ class Contender(ABC):
         description: what is timed, in words.
         weight_bytes: what a launch reads of its weight.
         copies: how many copies of the weight there are.
+        dtype: of the result, which has no error where nothing is computed.
     """
 
     name: str
     description: str
     weight_bytes: int
     copies: int
-    tolerance: float
+    dtype: str
 
     def refuses(self, m: int) -> str | None:
         """Why this contender sits out at M rows; None if it does not."""
         return None
+
+    def tolerance(self, m: int) -> float:
+        """The relative Frobenius error at M rows above which its result is called wrong."""
+        return unstated_bound(self.dtype)
 
     def details(self, m: int, dependent: bool) -> tuple[str, str]:
         """Kernel and configuration at M rows, where they are known."""
@@ -112,8 +117,13 @@ class Ours(Contender):
             self.description += ", batch_invariant=True"
         if setup.kernel is not None:
             self.description += f", by {setup.kernel}, whichever kernel would be chosen"
-        self.tolerance = TOLERANCE[setup.dtype]
+        self.dtype = setup.dtype
         self._setup = setup
+
+    def tolerance(self, m: int) -> float:
+        """That of the kernel that runs, by what it says that it rounds."""
+        rounding = kernels.rounding(self._problem(m), self._candidate(m))
+        return _SLACK * normal_bound(rounding, self._setup.shape.K)
 
     def details(self, m: int, dependent: bool) -> tuple[str, str]:
         """The candidate that runs."""
@@ -126,14 +136,16 @@ class Ours(Contender):
 
     def _candidate(self, m: int) -> Candidate:
         """The one that matmul chooses, or the named kernel's best; ValueError where that does not serve M rows."""
-        setup = self._setup
-        problem = problem_of(self.weights[0], m, setup.dtype, setup.batch_invariant)
-        if setup.kernel is None:
+        name, problem = self._setup.kernel, self._problem(m)
+        if name is None:
             return kernels.choose(problem)
-        found = [each for each in kernels.candidates(problem) if each.kernel == setup.kernel]
+        found = [each for each in kernels.candidates(problem) if each.kernel == name]
         if not found:
-            raise ValueError(f"{setup.kernel} does not serve M = {m}: it {kernels.refusals(problem)[setup.kernel]}.")
+            raise ValueError(f"{name} does not serve M = {m}: it {kernels.refusals(problem)[name]}.")
         return found[0]
+
+    def _problem(self, m: int) -> Problem:
+        return problem_of(self.weights[0], m, self._setup.dtype, self._setup.batch_invariant)
 
     def run(self, m: int, dependent: bool) -> Run:
         """One launch per weight copy, all with the same x and y."""
@@ -142,9 +154,7 @@ class Ours(Contender):
             options = {"dependent": dependent, "batch_invariant": self._setup.batch_invariant}
             steps = [functools.partial(matmul, x, weight, None, y, **options) for weight in self.weights]
         else:
-            plan = kernels.plan(
-                problem_of(self.weights[0], m, self._setup.dtype, self._setup.batch_invariant), self._candidate(m)
-            )
+            plan = kernels.plan(self._problem(m), self._candidate(m))
             steps = [
                 functools.partial(plan.multiply, frameworks.of(x), x, weight, None, y, dependent)
                 for weight in self.weights
@@ -161,11 +171,10 @@ class ReadFloor(Contender):
     """Reads the packed weights of ``ours`` and computes nothing."""
 
     name = FLOOR
-    tolerance = math.inf
 
     def __init__(self, setup: Setup, ours: Ours) -> None:
         self._buffers = [weight.packed for weight in ours.weights]
-        self.weight_bytes, self.copies = ours.weight_bytes, ours.copies
+        self.weight_bytes, self.copies, self.dtype = ours.weight_bytes, ours.copies, ours.dtype
         self._setup = setup
         self._readers: dict[bool, read_floor.Reader] = {}
         self.description = "a kernel that reads the packed weight, with loads or bulk copies, and does nothing else"
@@ -202,7 +211,7 @@ class CupyCublas(Contender):
         self.copies = copies(first.nbytes, setup.gpu.l2_bytes)
         self._weights = [first, *(first.copy() for _ in range(self.copies - 1))]
         self.description = f"cupy.dot(x, W.T), {setup.dtype} weights stored as (N, K)"
-        self.tolerance = TOLERANCE[setup.dtype]
+        self.dtype = setup.dtype
         self._setup = setup
 
     def run(self, m: int, dependent: bool) -> Run:

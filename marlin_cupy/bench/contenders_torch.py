@@ -20,7 +20,6 @@ from marlin_cupy.bench.contenders import (
     CUBLAS,
     HUMMING,
     TINYGEMM,
-    TOLERANCE,
     Contender,
     Setup,
     UnavailableError,
@@ -137,7 +136,7 @@ class TorchCublas(Contender):
             self._weights = [first, *(first.clone() for _ in range(self.copies - 1))]
         version = torch.module.__version__
         self.description = f"torch.mm(x, W.t()) of PyTorch {version}, {setup.dtype} weights stored as (N, K)"
-        self.tolerance = TOLERANCE[setup.dtype]
+        self.dtype = setup.dtype
         self._setup = setup
 
     def run(self, m: int, dependent: bool) -> Run:
@@ -182,7 +181,7 @@ class Tinygemm(Contender):
         self.description = (
             f"torch.ops.aten._weight_int4pack_mm of PyTorch {version}, bfloat16, at most {self._MAX_M} rows"
         )
-        self.tolerance = TOLERANCE[BFLOAT16]
+        self.dtype = BFLOAT16
         self._setup = setup
 
     def _quantize(self, weight: Tensor, group: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -268,7 +267,7 @@ class Humming(Contender):
         self._tuning = json.dumps(intervals, default=lambda value: value.value)  # enums by value
         self._choices = dict(zip(bounds, choices, strict=True))
         self.description = f"humming {package.__version__} as shipped, with dependent launch where it chooses so"
-        self.tolerance = TOLERANCE[setup.dtype]
+        self.dtype = setup.dtype
         self._setup = setup
 
     def details(self, m: int, dependent: bool) -> tuple[str, str]:

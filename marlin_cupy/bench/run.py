@@ -210,7 +210,7 @@ def _cell(
         distance = prepared.error(graph)
         if distance is not None:
             errors[name] = distance
-            if not distance <= contender.tolerance:  # NaN is wrong too
+            if not distance <= contender.tolerance(m):  # NaN is wrong too
                 wrong.append(name)
     details = {name: contender.details(m, launch == DEPENDENT) for name, (contender, _, _) in runs.items()}
     kernel, config = details.pop(OURS)

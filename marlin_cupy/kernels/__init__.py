@@ -9,6 +9,7 @@ from marlin_cupy.errors import UnsupportedError
 from marlin_cupy.kernels import dequantize, reference, sm80_gemm, sm90_stream, sm90_wgmma, tuned
 from marlin_cupy.kernels.costs import floor_us
 from marlin_cupy.kernels.problem import Candidate, Configuration, Kernel, Plan, Problem
+from marlin_cupy.numerics import Rounding
 from marlin_cupy.spec import Spec
 
 #: In no order.
@@ -49,6 +50,11 @@ def plan(problem: Problem, candidate: Candidate) -> Plan:
     return _kernel(candidate).plan(problem, candidate.configuration)
 
 
+def rounding(problem: Problem, candidate: Candidate) -> Rounding:
+    """What the kernel of a candidate for ``problem`` rounds at most."""
+    return _kernel(candidate).rounding(problem)
+
+
 def source(problem: Problem, candidate: Candidate) -> tuple[str, str] | None:
     """(name, CUDA source) that a candidate for ``problem`` needs; None on the CPU."""
     return _kernel(candidate).source(problem, candidate.configuration)
@@ -77,6 +83,7 @@ __all__ = [
     "floor_us",
     "plan",
     "refusals",
+    "rounding",
     "source",
     "variants",
 ]

@@ -9,6 +9,7 @@ from typing import Any, ClassVar
 
 from marlin_cupy.device import Gpu
 from marlin_cupy.frameworks import Framework
+from marlin_cupy.numerics import Rounding
 from marlin_cupy.spec import Spec
 from marlin_cupy.tensor import QuantizedTensor
 
@@ -104,3 +105,7 @@ class Kernel(ABC):
     def variants(self, spec: Spec, dtype: str, gpu: Gpu) -> Iterator[tuple[str, str]]:
         """(name, source) of every CUDA kernel that weights of ``spec`` can need on ``gpu``, for compiling ahead."""
         return iter(())
+
+    @abstractmethod
+    def rounding(self, problem: Problem) -> Rounding:
+        """What it rounds at most, whichever configuration computes a problem that it does not refuse."""

@@ -17,6 +17,7 @@ from marlin_cupy.kernels.measured import Measured
 from marlin_cupy.kernels.operands import Exchange, Launcher, Rows, Weight
 from marlin_cupy.kernels.problem import Candidate, Problem
 from marlin_cupy.layout import HALF_N, SLAB_K, SLAB_N, Layout
+from marlin_cupy.numerics import Rounding
 from marlin_cupy.spec import Spec
 
 _MIN_ARCH = 80
@@ -306,6 +307,13 @@ class Sm80Gemm(CudaKernel):
         for size in measured.of(gpu).read(Costs, _NAME).sizes:
             for rated in configs(size.up_to, spec, dtype, gpu):
                 yield self.source_of(spec, dtype, rated.config)
+
+    def rounding(self, problem: Problem) -> Rounding:
+        """Weights too where some tile for so many rows scales them."""
+        assert problem.gpu is not None
+        found = configs(problem.M, problem.spec, problem.dtype, problem.gpu)
+        has_table = problem.spec.layout.format.table is not None
+        return Rounding(problem.dtype, has_table, any(rated.config.scale_weights for rated in found))
 
 
 KERNEL = Sm80Gemm()

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from marlin_cupy.device import Gpu
-from marlin_cupy.formats.scalars import HALF_DTYPES
+from marlin_cupy.formats.scalars import FLOAT16, HALF_DTYPES
 from marlin_cupy.jit import launch
 from marlin_cupy.kernels import copy_engine, measured
 from marlin_cupy.kernels.copy_engine import CopyEnginePlan
@@ -20,6 +20,7 @@ from marlin_cupy.kernels.measured import Measured
 from marlin_cupy.kernels.operands import Launcher, Rows, Weight
 from marlin_cupy.kernels.problem import Candidate, Problem
 from marlin_cupy.layout import SLAB_K, SLAB_N, Layout
+from marlin_cupy.numerics import Rounding, subnormal_cut
 from marlin_cupy.spec import Spec
 
 #: struct Args of the twin: a tensor map, three pointers, a stride, seven ints, a stack; its size is a multiple of 64.
@@ -283,6 +284,13 @@ class Sm90Stream(CudaKernel):
         for m in (_FEW, _MAX_M) if gpu.arch == _ARCH else ():
             for config in configs(m, spec.layout, gpu):
                 yield self.source_of(spec, dtype, config)
+
+    def rounding(self, problem: Problem) -> Rounding:
+        """Integer codes of less than a byte are multiplied in float16 as subnormals."""
+        format = problem.spec.layout.format
+        are_masked = problem.dtype == FLOAT16 and format.table is None and format.bits < 8
+        cut = subnormal_cut(format.bits) if are_masked else 0.0
+        return Rounding(problem.dtype, table=format.table is not None, cut=cut)
 
 
 KERNEL = Sm90Stream()

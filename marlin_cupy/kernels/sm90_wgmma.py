@@ -23,6 +23,7 @@ from marlin_cupy.kernels.measured import Measured
 from marlin_cupy.kernels.operands import Exchange, Launcher, Rows, Weight
 from marlin_cupy.kernels.problem import Candidate, Problem
 from marlin_cupy.layout import SLAB_K, SLAB_N, Layout
+from marlin_cupy.numerics import Rounding
 from marlin_cupy.spec import Spec
 
 #: struct Args of the twin: a tensor map, six pointers, a stride, twelve ints, a stack; its size is a multiple of 64.
@@ -395,6 +396,10 @@ class Sm90Wgmma(CudaKernel):
         if _refuses_any_shape(spec, dtype, gpu) is None:
             for rated in configs(spec.layout, gpu):
                 yield self.source_of(spec, dtype, rated.config)
+
+    def rounding(self, problem: Problem) -> Rounding:
+        """Weights are rounded after scaling."""
+        return Rounding(problem.dtype, table=problem.spec.layout.format.table is not None, weights=True)
 
 
 KERNEL = Sm90Wgmma()
