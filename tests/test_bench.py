@@ -8,6 +8,7 @@ import importlib
 import io
 import json
 import math
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -19,9 +20,10 @@ import pytest
 from cases import GPUS
 from rich.console import Console
 
-from marlin_cupy import numerics, timing
+from marlin_cupy import kernels, numerics, timing
 from marlin_cupy.bench import (
     compile_times,
+    configs,
     contenders,
     contenders_torch,
     host_overhead,
@@ -691,3 +693,28 @@ def test_a_result_that_is_not_written_is_wrong(
     monkeypatch.setattr(contenders, "matmul", lambda x, w, bias, out, **options: None)
     assert run.run([("small", 128, 64)], [1], None, None, "float16", None, True) == 1
     assert "WRONG: marlin_cupy on small, M = 1, int4: relative error nan." in capsys.readouterr().out
+
+
+# ---- the candidates of a cell
+
+
+def test_candidates_take_turns_and_their_times_are_kept(
+    host: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def chosen(problem: kernels.Problem, names: list[str], most: int) -> list[kernels.Candidate]:
+        assert (names, most) == ([], 3)
+        return kernels.candidates(dataclasses.replace(problem, gpu=None))
+
+    for name, value in (("chosen", chosen), ("gpu_count", lambda: 1), ("gpu", lambda index: GPU)):
+        monkeypatch.setattr(configs, name, value)
+    monkeypatch.setattr(configs, "import_cupy", contenders.import_cupy)
+    monkeypatch.setattr(configs, "_SAMPLING", Sampling(sample_ms=0.1, samples=3, warmup_rounds=1))
+    output = tmp_path / "times.json"
+    words = f"configs --layer small=128x64 --m 1 --m 5 --format int4 --format nf4 --most 3 --output {output}"
+    monkeypatch.setattr(sys, "argv", words.split())
+    assert configs.main() == 0
+    _, found = configs.load(output)
+    assert [(cell.name, cell.K, cell.N, cell.format, cell.group_size, cell.M) for cell in found] == [
+        ("small", 128, 64, format, group_size, m) for format, group_size in (("int4", 128), ("nf4", 64)) for m in (1, 5)
+    ]
+    assert all(cell.us.keys() == {"reference:all"} and cell.us["reference:all"] > 0 for cell in found)

@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from cases import GPUS
+from rich.console import Console
 
 from marlin_cupy.bench import configs, fit, report
 from marlin_cupy.bench.configs import Times
@@ -203,6 +204,15 @@ def test_a_gpu_without_a_file_is_not_written_into_another(tmp_path: Path) -> Non
 
 
 # ---- what is measured
+
+
+def test_the_table_shows_the_best_of_every_kernel(capsys: pytest.CaptureFixture[str]) -> None:
+    cells = invented(KNOWN, sm90_stream.KERNEL, (1,), ("nf4", 64, "float16"))
+    configs.show(cells, H200, Console(width=200))
+    text = capsys.readouterr().out
+    assert text.count("sm90_stream") == len(LAYERS)
+    assert f"{min(cells[0].us.values()):.2f}" in text
+    assert "nf4 g64 float16" in text
 
 
 def test_the_best_predicted_candidates_of_every_kernel_are_measured() -> None:
