@@ -69,7 +69,7 @@ class Measured:
 
     name: str
     tables: Table
-    _read: dict[tuple[Any, str], Any] = field(default_factory=dict, repr=False)  # what was read before
+    _read: dict[tuple[Any, ...], Any] = field(default_factory=dict, init=False, repr=False)  # what was read before
 
     @functools.cached_property
     def gpu(self) -> MeasuredGpu:
@@ -93,7 +93,13 @@ class Measured:
 
         UnsupportedError where the file has no row for the format and ``dtype``, or none of ``kernel`` in it.
         """
-        format = layout.format.name
+        wanted = kernel, layout.format.name, dtype, layout.granule <= _FINE_GRANULE
+        if wanted not in self._read:
+            self._read[wanted] = self._decode_factor(*wanted)
+        found: float = self._read[wanted]
+        return found
+
+    def _decode_factor(self, kernel: str, format: str, dtype: str, is_fine: bool) -> float:
         factor = _inner(self.tables["decode"], (format, dtype, *kernel.split(".")))
         fine = _inner(self.tables["fine_granules"], tuple(kernel.split(".")))
         if not isinstance(factor, int | float) or not isinstance(fine, int | float):
@@ -101,7 +107,7 @@ class Measured:
                 f"{self.name} does not say how long {kernel} decodes {format} with {dtype} activations; give it a row "
                 f"[decode] {format}.{dtype} with a number for {kernel}."
             )
-        return factor * fine if layout.granule <= _FINE_GRANULE else float(factor)
+        return float(factor * fine) if is_fine else float(factor)
 
 
 def parse(name: str, text: str) -> Measured:
