@@ -279,14 +279,16 @@ class Layout:
                 f"    struct {place.field.name} {{",
                 f"        using Type = {place.field.scalar.cpp};",
                 "        static __device__ constexpr int at(int k_granule, int rows) {",
-                f"            return (({place.start // (2 * place.rows_bytes)} + k_granule) * 2 + rows) * {place.rows_bytes};",
+                f"            return (({place.start // (2 * place.rows_bytes)} + k_granule) * 2 + rows) "
+                f"* {place.rows_bytes};",
                 "        }",
                 "    };",
             ]
         for number, plane in enumerate(self.planes):
             lines += [
                 f"    struct plane{number} {{",
-                f"        static constexpr int number = {number}, bits = {plane.bits}, load_bytes = {plane.load_bytes};",
+                f"        static constexpr int number = {number}, bits = {plane.bits}, "
+                f"load_bytes = {plane.load_bytes};",
                 f"        static constexpr int load_atoms = {plane.load_atoms};  // of 16 K in a lane's load",
                 "        static __device__ constexpr int at(int k_block, int rows) {",
                 f"            return {plane.start} + (2 * k_block + rows) * {_LANES * plane.load_bytes};",

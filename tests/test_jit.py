@@ -22,7 +22,7 @@ from marlin_cupy.jit import cache
 from marlin_cupy.jit import compile as jit_compile
 from marlin_cupy.jit.launch import MAX_COUNTERS
 from marlin_cupy.jit.source import inline, source_root
-from marlin_cupy.kernels import dequantize, sm80_gemm, sm90_stream
+from marlin_cupy.kernels import dequantize, measured, sm80_gemm, sm90_stream
 from marlin_cupy.spec import Spec
 
 H200 = GPUS["sm_90a"]
@@ -141,7 +141,9 @@ def test_every_block_has_work_and_shared_tiles_have_counters(arch: str) -> None:
         layout = asked.layout
         for m in (1, 8, 9, 64, 129, 1000, 100000):
             for rated in sm80_gemm.configs(m, asked, "float16", GPUS[arch]):
-                for predicted_us, grid in sm80_gemm.grids(rated, m, layout, GPUS[arch], "float16"):
+                for predicted_us, grid in sm80_gemm.grids(
+                    rated, m, layout, GPUS[arch], "float16", measured.of(GPUS[arch])
+                ):
                     assert predicted_us > 0
                     assert 1 <= grid.blocks <= grid.tiles * grid.steps
                     assert grid.tiles * rated.config.rows * rated.config.tokens >= m * N
@@ -181,7 +183,7 @@ def test_the_streaming_kernel_gives_every_tile_to_a_cluster_that_is_resident() -
         for N in (1, 64, 65, 1000, 3000, 6144, 8192, 10240, 28672, 57344, 250000):
             for m in (1, 8, 9, 16):
                 problem = product_of(m, "float16", Spec(name, (4096, N), 64, "float16"), H200)
-                layout = problem.spec.layout
+                layout = problem.w.layout
                 for candidate in sm90_stream.KERNEL.candidates(problem):
                     assert isinstance(candidate.configuration, sm90_stream.Streams)
                     config, clusters = candidate.configuration.config, candidate.configuration.clusters

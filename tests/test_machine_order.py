@@ -1,7 +1,7 @@
 """sm90_stream refills a slot when its loads have ended: read from the machine code, where the source cannot say so.
 
-A copy engine writes to shared memory without asking whether loads of it have ended. A load that has only been issued may
-get what the copy writes; that was a race once, in some 1 of 100 runs. Instructions of sm_90 are 128 bits, of which the
+A copy engine writes to shared memory without asking whether loads of it have ended. A load that has only been issued
+may get what the copy writes; that was a race once, in some 1 of 100 runs. Instructions of sm_90 are 128 bits, of which the
 compiler sets some that order them:
 
     bits 0-11     opcode
