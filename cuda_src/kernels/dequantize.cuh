@@ -43,7 +43,10 @@ extern "C" __global__ void __launch_bounds__(Config::threads) dequantize(const _
             codes.load(bytes, warp % 2, atom, atom, lane);
             const Parameters<GlobalBytes> parameters{bytes, 16 * atom / Slab::granule, warp % 2, lane};
             const auto pair = parameters.scale();
-            const float scale[2] = {pair.of(0), pair.of(1)};
+            float scale[2] = {pair.of(0), pair.of(1)};
+            if constexpr (!Slab::has_scale)
+#pragma unroll
+                for (int i = 0; i < 2; ++i) scale[i] = args.output_scales[SLAB_N * n + 16 * warp + lane / 4 + 8 * i];
             u32 values[4];
             Decoder::decode(values, Atom<SLAB_ATOMS>{codes, atom}, Decoder::group(parameters), table);
 #pragma unroll

@@ -205,8 +205,13 @@ extern "C" __global__ void __cluster_dims__(Config::cluster) __launch_bounds__(T
     int slot = 0;
     u32 parity = 0;
     for (int t = 0; t < share.tiles; ++t) {
+        const int row = (share.first_tile + t * share.clusters) * Tile::rows;
         // ---- compute: a slab, and its slot is refilled
         work.clear();
+        if constexpr (!Slab::has_scale) {
+            const int rows = args.tiles_n * Tile::rows;
+            work.load_factors(args.output_scales + args.stack.number() * rows, row, rows);
+        }
         for (int i = 0; i < share.per_tile; ++i) {
             barrier_wait(slots.barrier(slot), parity);
             work.step(slots.weights(slot), slots.x(slot), table, 0, 0, 0, [] {});
@@ -221,7 +226,6 @@ extern "C" __global__ void __cluster_dims__(Config::cluster) __launch_bounds__(T
 
         // ---- finish: the warps' sums, and those of the cluster
         work.undo_factors();
-        const int row = (share.first_tile + t * share.clusters) * Tile::rows;
         if (Config::cluster == 1)
             Output::finish(args, work.sums, exchange, row, 0);
         else  // a block may still read the share of the tile before

@@ -124,7 +124,9 @@ class Ours(Contender):
         weight = cupy.empty((K, N), dtype=numpy.float16)
         fill_normal(weight, FLOAT16, 1 / math.sqrt(K))
         first = quantize(weight, setup.format, setup.group_size, **{"scale_dtype": setup.dtype, **setup.options})
-        self.weights = self._cold(first, first.nbytes, lambda w: QuantizedTensor(w.spec, w.packed.copy()))
+        self.weights = self._cold(
+            first, first.nbytes, lambda w: QuantizedTensor(w.spec, w.packed.copy(), output_scales=w.range_factors)
+        )
         self.description = f"marlin_cupy.matmul, {setup.format} weights with {first.scale_dtype} scales, out= given"
         if setup.options:
             self.description += f", quantized with {', '.join(f'{k}={v!r}' for k, v in setup.options.items())}"

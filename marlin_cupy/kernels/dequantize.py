@@ -47,6 +47,7 @@ class Args(Struct):
     slabs_k: Annotated[Int, "of the weight"]
     first_slab: Annotated[Int, "of the run, along K"]
     slabs: Annotated[Int, "of the run, along K"]
+    output_scales: Annotated[int, pointer("const float"), "of formats that have them"]
 
 
 _pack, _ARGUMENTS = Args.packer.pack_into, launch.ArgumentBlock(Args.size)
@@ -99,12 +100,16 @@ class DensePlan:
         """
         K, N = self.problem.w.shape
         array = framework.empty((N, SLAB_K * len(run)), self.problem.dtype, w.device)
-        self.enqueue(framework.stream(w.device), w.pointer, framework.pointer(array), run)
+        self.enqueue(framework.stream(w.device), w.pointer, w.factors_pointer, framework.pointer(array), run)
         return array[:, : K - SLAB_K * run.start]
 
-    def enqueue(self, stream: int, packed: int, array: int, run: range) -> None:
-        """:meth:`dense` between two addresses, padding included: ``array`` has SLAB_K * len(run) columns."""
-        _pack(_ARGUMENTS.data, 0, packed, array, self.problem.w.shape[1], self._slabs_k, run.start, len(run))
+    def enqueue(self, stream: int, packed: int, output_scales: int, array: int, run: range) -> None:
+        """:meth:`dense` between addresses, padding included: ``array`` has SLAB_K * len(run) columns.
+
+        ``output_scales`` is of no account for formats that have none.
+        """
+        N = self.problem.w.shape[1]
+        _pack(_ARGUMENTS.data, 0, packed, array, N, self._slabs_k, run.start, len(run), output_scales)
         blocks = min(self._slabs_n * len(run), self._most_blocks)
         self.function.launch(blocks, self.configuration.config.threads, stream, _ARGUMENTS)
 

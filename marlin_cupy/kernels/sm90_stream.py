@@ -45,6 +45,7 @@ class Args(Struct):
     y_vector: Annotated[Int, "token rows of y start at multiples of 8 bytes"]
     dependent: Annotated[Int, "a kernel ahead may still run"]
     stack: Stack
+    output_scales: Annotated[int, pointer("const float"), "of formats that have them"]
 
 
 _pack, _ARGUMENTS = Args.packer.pack_into, launch.ArgumentBlock(Args.size)
@@ -243,6 +244,7 @@ class StreamPlan(CudaPlan[Streams]):
             dependent,
             w.layer_pointer,
             self.layers,
+            w.factors_pointer,
         )
         stream = launcher.stream(w.device)
         if dependent:
