@@ -18,7 +18,8 @@ from typing import Annotated, Any
 import numpy
 
 import marlin_cupy as mc
-from marlin_cupy import formats, kernels
+from marlin_cupy import formats, kernels, numerics
+from marlin_cupy.api import problem_of
 from marlin_cupy.bench import shapes
 from marlin_cupy.bench.contenders import fill_normal
 from marlin_cupy.device import (
@@ -35,7 +36,7 @@ from marlin_cupy.device import (
     on,
 )
 from marlin_cupy.errors import CompileError, MissingDependencyError
-from marlin_cupy.formats.scalars import FLOAT16, FLOAT32, HALF_DTYPES, ROUNDOFF
+from marlin_cupy.formats.scalars import FLOAT16, HALF_DTYPES, ROUNDOFF
 from marlin_cupy.jit import cache
 from marlin_cupy.jit import compile as nvrtc
 from marlin_cupy.kernels import Operand, Problem
@@ -54,6 +55,8 @@ except ImportError as error:
 _PROGRAM = "marlin-cupy"
 #: The layer that info asks the kernels about, and demo's default: the output projection of Llama 3 8B.
 _K, _N, _M = 4096, 4096, 16
+#: What random errors of single elements may be, in root mean squares, where the bound is that of all together.
+_DEVIATIONS = 2
 
 app = typer.Typer(
     name=_PROGRAM,
@@ -191,28 +194,21 @@ def demo(
 
 
 def _errors(x: Any, weight: Any, w: QuantizedTensor, y: Any) -> tuple[float, float, float]:
-    """Relative errors in the Frobenius norm, a run of columns at a time: (of y, its bound, of the quantized weight).
-
-    The bound: one rounding of y, u(fp16) at most, which leaves room for one of each weight after its scale, as they
-    are 0.6 u together on average; on a GPU one more of a codebook's values, whose effect on a random x is as large;
-    and sums of K products in fp32, 2 sqrt(K) u(fp32) times |x| |W|, which holds except with small
-    probability (Higham and Mary 2019, doi:10.1137/18M1226312) and leaves room for tensor cores, which truncate.
-    """
+    """Relative errors in the Frobenius norm, a run of columns at a time: (of y, its bound, of the quantized weight)."""
+    problem = problem_of(w, x.shape[0], FLOAT16)
+    rounding = kernels.GEMM.rounding(problem, kernels.GEMM.choose(problem))
     exact_x = x.astype(numpy.float64)
-    y_error = y_size = absolute = weight_error = weight_size = 0.0
+    y_error = y_size = bound = weight_error = weight_size = 0.0
     for columns, native in w.blocks():
         values = (native if w.device == CPU else native.get()).astype(numpy.float64)
-        exact = exact_x @ values
-        y_error += float(numpy.square(y[:, columns] - exact).sum())
-        y_size += float(numpy.square(exact).sum())
-        absolute += float(numpy.square(numpy.abs(exact_x) @ numpy.abs(values)).sum())
+        product = numerics.Product.of(exact_x, values)
+        y_error += numerics.norm(y[:, columns] - product.exact) ** 2
+        y_size += numerics.norm(product.exact) ** 2
+        bound += numerics.norm(product.bound(rounding, deviations=_DEVIATIONS)) ** 2
         original = weight[:, columns].astype(numpy.float64)
-        weight_error += float(numpy.square(values - original).sum())
-        weight_size += float(numpy.square(original).sum())
-    roundings = 1 if w.device == CPU or formats.get(w.format).table is None else 2
-    summation = 2 * math.sqrt(w.shape[0]) * ROUNDOFF[FLOAT32] * math.sqrt(absolute / y_size)
-    bound = roundings * ROUNDOFF[FLOAT16] + summation
-    return math.sqrt(y_error / y_size), bound, math.sqrt(weight_error / weight_size)
+        weight_error += numerics.norm(values - original) ** 2
+        weight_size += numerics.norm(original) ** 2
+    return math.sqrt(y_error / y_size), math.sqrt(bound / y_size), math.sqrt(weight_error / weight_size)
 
 
 def _median_ms(call: Callable[[], object], place: Device, repeats: int, calls: int) -> float:

@@ -14,12 +14,13 @@ from typing import Any
 import ml_dtypes
 import numpy
 
-from marlin_cupy import formats, frameworks, kernels, timing
+from marlin_cupy import frameworks, kernels, timing
 from marlin_cupy.api import problem_of
 from marlin_cupy.device import Gpu, import_cupy
 from marlin_cupy.errors import DeviceError
-from marlin_cupy.formats.scalars import BFLOAT16, FLOAT16, FLOAT32, HALF_DTYPES, ROUNDOFF, from_bits
+from marlin_cupy.formats.scalars import BFLOAT16, FLOAT16, HALF_DTYPES, from_bits
 from marlin_cupy.kernels import Candidate, Plan, Problem, tuned
+from marlin_cupy.numerics import apart
 from marlin_cupy.progress import bar
 from marlin_cupy.tensor import QuantizedTensor
 
@@ -290,13 +291,6 @@ def _distance(y: Array, expected: Array) -> float:
 
 
 def tolerance(problem: Problem) -> float:
-    """The largest difference of two right results, over the largest magnitude of a result.
-
-    Each rounds y once, u of its largest value at most, some round every weight after its scale, and all a codebook's
-    values besides, which costs as much on average where the values of x are random; all of it twice over, since errors
-    of single elements are larger than the average one. (What sm90_stream cuts off is far less, see formats/nibble.cuh.)
-    Sums of K products in float32 are off by less than 2 sqrt(K) u |x| |W| except with small probability (Higham and
-    Mary 2019, doi:10.1137/18M1226312), and |x| |W| is below sqrt(K) times a typical element where x is random.
-    """
-    roundings = 3 if formats.get(problem.w.format).table is None else 5
-    return 2 * (roundings * ROUNDOFF[problem.x.dtype] + 2 * problem.w.shape[0] * ROUNDOFF[FLOAT32])
+    """The largest difference of two right results of any kernel, over the largest magnitude of a result."""
+    roundings = {kernels.GEMM.rounding(problem, each) for each in kernels.GEMM.candidates(problem)}
+    return max(apart(each, problem.w.shape[0]) for each in roundings)

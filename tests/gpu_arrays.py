@@ -11,7 +11,10 @@ import numpy as np
 from cases import DTYPES, gaussian, rows
 
 import marlin_cupy as mc
+from marlin_cupy import kernels
+from marlin_cupy.api import problem_of
 from marlin_cupy.formats.scalars import from_bits
+from marlin_cupy.numerics import Rounding
 
 #: A NaN in fp16 and in bf16.
 _POISON = 0x7FFF
@@ -96,6 +99,12 @@ def assert_same_bits(a: cupy.ndarray, b: cupy.ndarray, case: str = "") -> None:
 def kernel_of(M: int, dtype: Any, w: mc.QuantizedTensor) -> str:
     """Name of the kernel that multiplies M aligned rows."""
     return mc.explain((M, w.shape[0]), dtype, w).kernel
+
+
+def rounding_of(M: int, dtype: str, w: mc.QuantizedTensor) -> Rounding:
+    """What the kernel that multiplies M aligned rows rounds."""
+    problem = problem_of(w, M, dtype)
+    return kernels.GEMM.rounding(problem, kernels.GEMM.choose(problem))
 
 
 def is_cut(M: int, dtype: Any, w: mc.QuantizedTensor) -> bool:

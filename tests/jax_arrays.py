@@ -11,7 +11,7 @@ from cases import gaussian, rows
 from product import Product
 
 import marlin_cupy as mc
-from marlin_cupy.formats.scalars import ROUNDOFF
+from marlin_cupy.numerics import Rounding, sum_of_parts_bound
 
 K, N = 200, 70
 
@@ -53,7 +53,7 @@ def _check(y: Any, x: Any, dense: np.ndarray, bias: Any, format: str, case: str,
     assert y.dtype == x.dtype, case
     x, dtype, y = float64(x).reshape(-1, len(dense)), str(y.dtype), float64(y).reshape(-1, dense.shape[1])
     if shares == 1:
-        Product(x, dense, None if bias is None else float64(bias)).check(y, dtype, format, case=case)
+        Product(x, dense, None if bias is None else float64(bias)).check(y, Rounding(dtype), case)
     else:
         parts = [x[:, run] @ dense[run] for run in runs(len(dense), shares)]
         check_sum_of_parts(y, sum(parts) + (0 if bias is None else float64(bias)), parts, dtype, case)
@@ -62,13 +62,12 @@ def _check(y: Any, x: Any, dense: np.ndarray, bias: Any, format: str, case: str,
 def check_sum(dbias: Any, dy: Any) -> None:
     """``dbias`` is the sum of the rows of dy, one rounding aside."""
     columns = float64(dy).reshape(-1, dy.shape[-1])
-    Product(np.ones((1, len(columns))), columns).check(float64(dbias)[None], str(dbias.dtype))
+    Product(np.ones((1, len(columns))), columns).check(float64(dbias)[None], Rounding(str(dbias.dtype)))
 
 
 def check_sum_of_parts(y: np.ndarray, exact: np.ndarray, parts: list[np.ndarray], dtype: str, case: str = "") -> None:
-    """Every part and the sum are rounded once; sums in float32 add less than a thousandth of that."""
-    bound = ROUNDOFF[dtype] * (abs(exact) + sum(abs(part) for part in parts))
-    wrong = ~(abs(y - exact) <= (1 + 2.0**-10) * bound + 2.0**-20)
+    """Every part and the sum are rounded once."""
+    wrong = ~(abs(y - exact) <= sum_of_parts_bound(exact, parts, dtype))
     assert not wrong.any(), f"{case}: {wrong.sum()} of {wrong.size} are wrong, by up to {abs(y - exact).max():.3g}"
 
 

@@ -30,9 +30,9 @@ from product import Product
 import marlin_cupy as mc
 from marlin_cupy import frameworks, kernels
 from marlin_cupy.device import gpu
-from marlin_cupy.formats.scalars import ROUNDOFF
-from marlin_cupy.kernels import Dense, sm80_gemm, sm90_stream, sm90_wgmma
+from marlin_cupy.kernels import Dense, measured, sm80_gemm, sm90_stream, sm90_wgmma
 from marlin_cupy.kernels.cuda import CudaConfiguration, ProductKernel
+from marlin_cupy.numerics import Rounding, dense_bound
 
 #: (K, N): edges in both directions; and enough steps for blocks to share a tile.
 SHAPES = ((75, 70), (1100, 200))
@@ -60,13 +60,13 @@ Case = tuple[ProductKernel, int, CudaConfiguration]  # with the number of rows
 def portable_cases(dtype: str, w: mc.QuantizedTensor, only_every: int) -> Iterator[Case]:
     """Every configuration for its own M and for one row more than a tile, tiles whole and shared in several ways."""
     found = [
-        (largest_m, rated)
-        for largest_m in sm80_gemm.CONFIGS
-        for rated in sm80_gemm.configs(largest_m, w.spec, dtype, gpu())
+        (size.up_to, rated)
+        for size in measured.of(gpu()).read(sm80_gemm.Costs, sm80_gemm.KERNEL.name).sizes
+        for rated in sm80_gemm.configs(size.up_to, w.spec, dtype, gpu())
     ]
     for largest_m, rated in found[::only_every]:
         for M in (max(1, largest_m - 3), rated.config.tokens + 1):
-            grid = sm80_gemm.grids(rated, M, w.layout, gpu(), dtype)[0][1]
+            grid = sm80_gemm.grids(rated, M, w.layout, gpu(), dtype, measured.of(gpu()))[0][1]
             steps = grid.tiles * grid.steps
             for blocks in sorted({grid.tiles, max(1, 2 * steps // 3), steps}):
                 yield sm80_gemm.KERNEL, M, sm80_gemm.Tiling(rated.config, dataclasses.replace(grid, blocks=blocks))
@@ -119,8 +119,9 @@ def check_kernels(
         for kernel, M, configuration in (*portable, *on_hopper):
             if kernel.name not in names or not next(turns):
                 continue
+            problem = product_of(M, dtype, w.spec, gpu())
             try:
-                plan = kernel.plan(product_of(M, dtype, w.spec, gpu()), configuration)
+                plan = kernel.plan(problem, configuration)
             except mc.CompileError:  # a wide tile, without the registers that the copying warpgroup would have given
                 if not isinstance(configuration.config, sm90_wgmma.Untraded):
                     raise
@@ -133,9 +134,11 @@ def check_kernels(
                 if dependent:  # behind a launch, which it can overlap with
                     plan.multiply(frameworks.of(x_gpu), x_gpu, w, bias_gpu, out, True)
                     plan.multiply(frameworks.of(x_gpu), x_gpu, w, bias_gpu, out, True)
-                rounding = "" if is_exact(configuration) else kernel.name
+                rounding = kernel.rounding(problem)
+                if is_exact(configuration):
+                    rounding = dataclasses.replace(rounding, weights=0)
                 case = f"{format} {dtype} {plan}, dependent={dependent}"
-                exact.check(to_host(out).astype(np.float64), dtype, format, gpu=True, kernel=rounding, case=case)
+                exact.check(to_host(out).astype(np.float64), rounding, case)
                 counts["shared" if is_shared(configuration) else "whole"] += 1
     return counts
 
@@ -166,7 +169,7 @@ def check_addresses() -> int:
             out = cupy.asarray(np.full((9, N + 5), _NAN, np.uint16)).view(np.float16)[:, start % 4 : start % 4 + N]
             mc.matmul(x, w, out=out)
             product = Product(wide[:, start : start + K].astype(np.float64), exact_weights)
-            product.check(to_host(out.copy()).astype(np.float64), "float16", gpu=True, case=f"start={start}")
+            product.check(to_host(out.copy()).astype(np.float64), Rounding("float16"), f"start={start}")
             launches += 1
     return launches
 
@@ -183,8 +186,7 @@ def check_dense() -> int:
             found = plan.dense(frameworks.of(w.packed), w, run)
             values = to_host(found.base)[:, : found.shape[1]].astype(np.float32)
             expected = right[:, 128 * run.start : 128 * run.stop]
-            bound = 1.01 * (ROUNDOFF[dtype] + ROUNDOFF["float16"]) * abs(expected) + 2.0**-24
-            assert (abs(values - expected) <= bound).all(), f"dense {format} {dtype} {run}"
+            assert (abs(values - expected) <= dense_bound(expected, dtype)).all(), f"dense {format} {dtype} {run}"
             launches += 1
     return launches
 

@@ -8,6 +8,7 @@ import importlib
 import io
 import json
 import math
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -19,9 +20,10 @@ import pytest
 from cases import GPUS
 from rich.console import Console
 
-from marlin_cupy import timing
+from marlin_cupy import kernels, numerics, timing
 from marlin_cupy.bench import (
     compile_times,
+    configs,
     contenders,
     contenders_torch,
     formats,
@@ -231,7 +233,7 @@ def test_without_torch_its_contenders_say_so(
 class FakeContender(Contender):
     """A contender with a FakeRun."""
 
-    weight_bytes, copies, tolerance, description = 1 << 20, 2, 1e-3, "a fake"
+    weight_bytes, copies, description = 1 << 20, 2, "a fake"
 
     def __init__(
         self, name: str, error: float | None, fail: Exception | None = None, reason: str | None = None
@@ -241,6 +243,9 @@ class FakeContender(Contender):
 
     def refuses(self, m: int) -> str | None:
         return self._reason
+
+    def tolerance(self, m: int) -> float:
+        return 1e-3
 
     def details(self, m: int, dependent: bool) -> tuple[str, str]:
         return "kernel of " + self.name, f"M = {m}"
@@ -659,7 +664,7 @@ def test_a_run_from_weights_to_files(
         assert set(row.us) == {OURS, FLOOR, CUBLAS}
         assert row.errors.keys() == {OURS, CUBLAS}
         assert row.error is not None
-        assert 0 < row.error < contenders.TOLERANCE[dtype] / 2
+        assert 0 < row.error < numerics.unstated_bound(dtype) / 2
         assert row.kernel == "reference"
         assert row.cold
         assert row.skipped.keys() == {TINYGEMM, HUMMING}
@@ -786,7 +791,7 @@ def test_formats_are_timed_beside_one_another(
     for row in found.rows:
         assert set(row.us) == {OURS, FLOOR}
         assert row.error is not None
-        assert 0 < row.error < contenders.TOLERANCE[row.dtype] / 2
+        assert 0 < row.error < numerics.unstated_bound(row.dtype) / 2
         assert (row.kernel, row.launch, row.wrong) == ("reference", "plain", [])
         assert row.weight_bytes
     assert found.rows[0].options == {"search": "mse"}
@@ -832,3 +837,28 @@ def test_the_table_of_formats_fits_and_compares_with_int4_byte_by_byte() -> None
     assert ["nf4:128", "200.0", "90.00", "80.00", "1.12", "-", "-", "2.1e-04", "sm80_gemm"] in lines
     assert max(len(line.rstrip()) for line in output.getvalue().splitlines()) <= report.WIDTH
     assert "…" not in output.getvalue()
+
+
+# ---- the candidates of a cell
+
+
+def test_candidates_take_turns_and_their_times_are_kept(
+    host: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def chosen(problem: kernels.Problem, names: list[str], most: int) -> list[kernels.Candidate]:
+        assert (names, most) == ([], 3)
+        return kernels.GEMM.candidates(dataclasses.replace(problem, gpu=None))
+
+    for name, value in (("chosen", chosen), ("gpu_count", lambda: 1), ("gpu", lambda index: GPU)):
+        monkeypatch.setattr(configs, name, value)
+    monkeypatch.setattr(configs, "import_cupy", contenders.import_cupy)
+    monkeypatch.setattr(configs, "_SAMPLING", Sampling(sample_ms=0.1, samples=3, warmup_rounds=1))
+    output = tmp_path / "times.json"
+    words = f"configs --layer small=128x64 --m 1 --m 5 --format int4 --format nf4 --most 3 --output {output}"
+    monkeypatch.setattr(sys, "argv", words.split())
+    assert configs.main() == 0
+    _, found = configs.load(output)
+    assert [(cell.name, cell.K, cell.N, cell.format, cell.group_size, cell.M) for cell in found] == [
+        ("small", 128, 64, format, group_size, m) for format, group_size in (("int4", 128), ("nf4", 64)) for m in (1, 5)
+    ]
+    assert all(cell.us.keys() == {"reference:all"} and cell.us["reference:all"] > 0 for cell in found)

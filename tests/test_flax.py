@@ -14,6 +14,7 @@ from cases import FORMATS, HALF, gaussian, rows
 from product import Product
 
 import marlin_cupy as mc
+from marlin_cupy.numerics import Rounding
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")  # of its own import
@@ -85,7 +86,7 @@ def test_a_layer_gives_what_matmul_gives(name: str, dtype: str) -> None:
     assert same(layer(x), mc.matmul(x, w.to("jax"), bias))
     assert same(layer(x.reshape(2, 3, K)), layer(x).reshape(2, 3, N))
     Product(np.asarray(x, np.float64), w.dequantize("float32").astype(np.float64)).check(
-        np.asarray(Linear.from_quantized(w)(x), np.float64), dtype, name
+        np.asarray(Linear.from_quantized(w)(x), np.float64), Rounding(dtype), name
     )
     assert (layer.quantized.unpack().codes == w.unpack().codes).all()
     assert isinstance(layer.quantized, mc.QuantizedTensor)

@@ -21,6 +21,7 @@ from gpu_arrays import (
     poison_pool,
     poisoned,
     poisoned_with_guard,
+    rounding_of,
     to_gpu,
     to_host,
     weights,
@@ -70,7 +71,7 @@ def test_the_product_is_that_of_the_dequantized_weight(name: str, dtype: str, sh
             out, guard = poisoned_with_guard(M, N, dtype)
             poison_pool()
             assert mc.matmul(x[:M], w, out=out) is out
-            product.check(float64(out), dtype, name, gpu=True, kernel=kernel_of(M, dtype, w), case=case)
+            product.check(float64(out), rounding_of(M, dtype, w), case)
             assert is_poison(guard), case
 
 
@@ -84,9 +85,7 @@ def test_small_and_odd_shapes(name: str, dtype: str) -> None:
         for M in ROWS:
             out, guard = poisoned_with_guard(M, N, dtype)
             mc.matmul(x[:M], w, out=out)
-            product.check(
-                float64(out), dtype, name, gpu=True, kernel=kernel_of(M, dtype, w), case=f"M={M}, K={K}, N={N}"
-            )
+            product.check(float64(out), rounding_of(M, dtype, w), f"M={M}, K={K}, N={N}")
             assert is_poison(guard), f"M={M}, K={K}, N={N}"
 
 
@@ -101,7 +100,7 @@ def test_the_bias_is_added_once_before_the_rounding(name: str, dtype: str, M: in
         out, guard = poisoned_with_guard(M, N, dtype)
         mc.matmul(x, w, bias, out)
         product = Product(float64(x), float64(w.dequantize("float32")), float64(bias))
-        product.check(float64(out), dtype, name, gpu=True, kernel=kernel_of(M, dtype, w), case=f"K={K}, N={N}")
+        product.check(float64(out), rounding_of(M, dtype, w), f"K={K}, N={N}")
         assert is_poison(guard)
 
 
@@ -115,7 +114,7 @@ def test_shared_tiles_come_out_right(dtype: str) -> None:
             out, guard = poisoned_with_guard(M, w.shape[1], dtype)
             mc.matmul(x, w, out=out)
             product = Product(float64(x), float64(w.dequantize("float32")))
-            product.check(float64(out), dtype, gpu=True, kernel=kernel_of(M, dtype, w), case=f"M={M}, {w!r}")
+            product.check(float64(out), rounding_of(M, dtype, w), f"M={M}, {w!r}")
             assert is_poison(guard)
 
 
@@ -128,7 +127,7 @@ def test_large_m(dtype: str) -> None:
         out, guard = poisoned_with_guard(M, N, dtype)
         mc.matmul(x, w, out=out)
         product = Product(float64(x), float64(w.dequantize("float32")))
-        product.check(float64(out), dtype, gpu=True, kernel=kernel_of(M, dtype, w), case=f"M={M}")
+        product.check(float64(out), rounding_of(M, dtype, w), f"M={M}")
         assert is_poison(guard)
 
 
@@ -155,10 +154,9 @@ def test_x_may_have_any_strides_between_rows_and_start_anywhere(dtype: str, K: i
             out, guard = poisoned_with_guard(M, N, dtype)
             mc.matmul(x, w, out=out)
             copy = cupy.ascontiguousarray(x)
-            kernel = kernel_of(M, dtype, w)
-            if kernel != "sm80_gemm":  # which those for Hopper leave views to that they cannot copy
+            if kernel_of(M, dtype, w) != "sm80_gemm":  # which those for Hopper leave views to that they cannot copy
                 product = Product(float64(copy), float64(w.dequantize("float32")))
-                product.check(float64(out), dtype, gpu=True, kernel=kernel, case=f"M={M}, {case}")
+                product.check(float64(out), rounding_of(M, dtype, w), f"M={M}, {case}")
             else:
                 assert_same_bits(out, mc.matmul(copy, w), f"M={M}, {case}")
             assert is_poison(guard), case

@@ -21,8 +21,8 @@ from product import Product
 import marlin_cupy as mc
 from marlin_cupy import formats, frameworks, kernels
 from marlin_cupy.device import gpu
-from marlin_cupy.formats.scalars import ROUNDOFF
 from marlin_cupy.kernels import Dense, dequantize
+from marlin_cupy.numerics import Rounding, dense_bound
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")  # of its own import
@@ -91,8 +91,7 @@ def test_dense_weights_are_the_dequantized_ones(name: str, dtype: str, shape: tu
                 assert same(found.contiguous(), tensor(bits.view(DTYPES[dtype]))), case
             else:  # its table is in float16
                 right = in_float32[start:stop].T
-                bound = (ROUNDOFF[dtype] + ROUNDOFF["float16"]) * 1.01 * abs(right) + 2.0**-24
-                assert bool((abs(exact(found) - right) <= bound).all()), case
+                assert bool((abs(exact(found) - right) <= dense_bound(right, dtype)).all()), case
 
 
 def test_cupy_and_other_streams_can_have_dense_weights() -> None:
@@ -154,13 +153,14 @@ def test_gradients_against_float64(name: str, dtype: str, monkeypatch: pytest.Mo
         for M in (1, 7, 130):
             x, bias = rows(M, dtype, shape[0]).requires_grad_(), rows(1, dtype, shape[1])[0].requires_grad_()
             gradient = rows(M, dtype, shape[1])
+            rounding = Rounding(dtype, formats.get(name).table is not None, weights=True)  # dense weights are rounded
             whole = Product(exact(gradient), dense.T)
             for run_bytes in (64 << 20, 1):  # at once, and slab by slab
                 monkeypatch.setattr(dequantize, "_RUN_BYTES", run_bytes)
                 x.grad = bias.grad = None
                 mc.matmul(x, w, bias).backward(gradient)
                 case = f"{shape}, group_size={group_size}, M={M}, runs of {run_bytes}"
-                whole.check(exact(x.grad), dtype, name, gpu=True, kernel="sm90_wgmma", case=case)
+                whole.check(exact(x.grad), rounding, case)
                 torch.testing.assert_close(bias.grad, gradient.float().sum(0).to(x.dtype))
 
 

@@ -9,7 +9,15 @@ from pathlib import Path
 import cupy
 import pytest
 from cases import FORMATS, HALF
-from gpu_arrays import activations, assert_same_bits, float64, is_poison, kernel_of, poisoned_with_guard, weights
+from gpu_arrays import (
+    activations,
+    assert_same_bits,
+    float64,
+    is_poison,
+    poisoned_with_guard,
+    rounding_of,
+    weights,
+)
 from product import Product
 from typer.testing import CliRunner
 
@@ -47,14 +55,8 @@ def test_every_candidate_is_right(name: str, dtype: str) -> None:
                 out, guard = poisoned_with_guard(M, N, dtype)
                 rows = x[:M]
                 kernels.GEMM.plan(problem, candidate).multiply(frameworks.of(rows), rows, w, None, out, True)
-                product.check(
-                    float64(out),
-                    dtype,
-                    name,
-                    gpu=True,
-                    kernel=candidate.kernel,
-                    case=f"M={M}, K={K}, N={N}: {candidate}",
-                )
+                rounding = kernels.GEMM.rounding(problem, candidate)
+                product.check(float64(out), rounding, f"M={M}, K={K}, N={N}: {candidate}")
                 assert is_poison(guard), str(candidate)
 
 
@@ -76,9 +78,7 @@ def test_tune_finds_nothing_wrong_and_its_choice_is_used(cache_folder: Path, nam
             assert str(plan_of(each, row.M, "float16")) == row.chosen.config
         x = activations(row.M, 2048, "float16")
         product = Product(float64(x), float64(w.dequantize("float32")))
-        product.check(
-            float64(mc.matmul(x, other)), "float16", name, gpu=True, kernel=row.chosen.kernel, case=str(row.chosen)
-        )
+        product.check(float64(mc.matmul(x, other)), rounding_of(row.M, "float16", other), str(row.chosen))
     assert "not tuned" in mc.explain((2, 2048), "float16", w).reason
     kept = json.loads((cache_folder / tuned.FILE).read_text())
     assert {row["gpu"] for row in kept["rows"]} == {gpu().name}
@@ -140,14 +140,7 @@ def test_warmup_leaves_nothing_to_compile_or_load(cache_folder: Path, monkeypatc
         for M in (1, 12, 64):
             x = activations(M, 1030, "float16")
             product = Product(float64(x), float64(w.dequantize("float32")))
-            product.check(
-                float64(mc.matmul(x, w)),
-                "float16",
-                w.format,
-                gpu=True,
-                kernel=kernel_of(M, "float16", w),
-                case=f"M={M}, {w!r}",
-            )
+            product.check(float64(mc.matmul(x, w)), rounding_of(M, "float16", w), f"M={M}, {w!r}")
 
 
 def test_warmup_takes_what_tune_found(cache_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -22,6 +22,7 @@ from gpu_arrays import (
     poison_pool,
     poisoned,
     poisoned_with_guard,
+    rounding_of,
     to_gpu,
     weights,
 )
@@ -107,7 +108,7 @@ def test_every_configuration_is_right(name: str, dtype: str, shape: tuple[int, i
                     with_bias = M != 1
                     y = launched(tiling, x[:M], w, bias if with_bias else None)
                     case = f"M={M}, {tiling}"
-                    exact[with_bias].check(float64(y), dtype, name, gpu=True, kernel=KERNEL.name, case=case)
+                    exact[with_bias].check(float64(y), KERNEL.rounding(problem_of(w, M, dtype)), case)
 
 
 @every_format
@@ -126,7 +127,7 @@ def test_the_product_is_right_for_every_m(name: str, dtype: str, monkeypatch: py
             kernel = kernel_of(M, dtype, w)
             assert kernel == "sm90_wgmma" or M <= 16
             case = f"M={M}, K={K}, N={N}"
-            product.check(float64(out), dtype, name, gpu=True, kernel=kernel, case=case)
+            product.check(float64(out), rounding_of(M, dtype, w), case)
             assert is_poison(guard), case
             error = cupy.linalg.norm(float64(out) - product.exact[:M]) / cupy.linalg.norm(product.exact[:M])
             assert M * N < 100_000 or float(error) <= _ERROR[dtype][roundings], case
@@ -157,7 +158,7 @@ def test_strides_of_x_and_out(dtype: str) -> None:
             if case in copied or plan_kernel != "sm90_wgmma":
                 assert_same_bits(found, expected, f"M={M}, {case}")
             product = Product(float64(aligned), float64(w.dequantize("float32")))
-            product.check(float64(found), dtype, gpu=True, kernel=KERNEL.name, case=f"M={M}, {case}")
+            product.check(float64(found), KERNEL.rounding(problem_of(w, M, dtype)), f"M={M}, {case}")
             if case in left and M > 1:
                 with pytest.raises(ValueError, match="pass a contiguous copy"):
                     mc.matmul(x, w, batch_invariant=True)
@@ -185,7 +186,7 @@ def test_more_tiles_than_fit_at_once_and_a_few_more_than_a_wave() -> None:
             for stripes in (False, True):
                 tiling = Tiling(config, sm90_wgmma.grid_of(config, M, w.layout, gpu(), stripes))
                 y = launched(tiling, x[:M], w)
-                product.check(float64(y), "float16", gpu=True, kernel=KERNEL.name, case=f"M={M}, {tiling}")
+                product.check(float64(y), KERNEL.rounding(problem_of(w, M, "float16")), f"M={M}, {tiling}")
 
 
 def test_a_fresh_thread_can_multiply() -> None:
@@ -226,7 +227,7 @@ def test_a_graph_follows_scales_that_change_by_powers_of_ten() -> None:
             graph.launch(stream)
             stream.synchronize()
             product = Product(float64(x), float64(w.dequantize("float32")))
-            product.check(float64(y), "float16", "int4", gpu=True, kernel=kernel_of(M, "float16", w), case=f"{size}")
+            product.check(float64(y), rounding_of(M, "float16", w), f"{size}")
 
 
 # ---- the same bits
@@ -319,7 +320,7 @@ def test_a_row_has_the_same_bits_whatever_m_and_its_place(name: str, shape: tupl
     x = activations(300, K, dtype)
     alone = each_alone(x, w, dtype)
     product = Product(float64(x), float64(w.dequantize("float32")))
-    product.check(float64(alone), dtype, name, gpu=True, kernel=KERNEL.name)
+    product.check(float64(alone), KERNEL.rounding(problem_of(w, 300, dtype)))
     wrong = cupy.zeros((), cupy.int64)
     for M in range(1, 301):
         start = (7 * M) % (301 - M)

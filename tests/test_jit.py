@@ -22,7 +22,7 @@ from marlin_cupy.jit import cache
 from marlin_cupy.jit import compile as jit_compile
 from marlin_cupy.jit.launch import MAX_COUNTERS
 from marlin_cupy.jit.source import inline, source_root
-from marlin_cupy.kernels import dequantize, sm80_gemm, sm90_stream
+from marlin_cupy.kernels import dequantize, measured, sm80_gemm, sm90_stream
 from marlin_cupy.spec import Spec
 
 H200 = GPUS["sm_90a"]
@@ -141,7 +141,9 @@ def test_every_block_has_work_and_shared_tiles_have_counters(arch: str) -> None:
         layout = asked.layout
         for m in (1, 8, 9, 64, 129, 1000, 100000):
             for rated in sm80_gemm.configs(m, asked, "float16", GPUS[arch]):
-                for predicted_us, grid in sm80_gemm.grids(rated, m, layout, GPUS[arch], "float16"):
+                for predicted_us, grid in sm80_gemm.grids(
+                    rated, m, layout, GPUS[arch], "float16", measured.of(GPUS[arch])
+                ):
                     assert predicted_us > 0
                     assert 1 <= grid.blocks <= grid.tiles * grid.steps
                     assert grid.tiles * rated.config.rows * rated.config.tokens >= m * N

@@ -13,6 +13,7 @@ from only_dlpack import OnlyDlpack
 from product import Product
 
 import marlin_cupy as mc
+from marlin_cupy.numerics import Rounding
 
 every_format = pytest.mark.parametrize("name", FORMATS)
 every_dtype = pytest.mark.parametrize("dtype", HALF)
@@ -40,7 +41,7 @@ def test_the_product_is_that_of_the_dequantized_weight(name: str, dtype: str, sh
             assert isinstance(y, np.ndarray)
             assert y.dtype == DTYPES[dtype]
             assert y.shape == (M, N)
-            product.check(float64(y), dtype, name, case=f"M={M}, group_size={group_size}")
+            product.check(float64(y), Rounding(dtype), f"{name}, M={M}, group_size={group_size}")
 
 
 @every_dtype
@@ -68,7 +69,7 @@ def test_the_bias_is_added_before_the_rounding(name: str, dtype: str) -> None:
     x, bias = rows((33, K), seed=5, dtype=dtype), rows((N,), seed=6, dtype=dtype) * 100
     bias = bias.astype(DTYPES[dtype])
     product = Product(float64(x), float64(w.dequantize("float32")), float64(bias))
-    product.check(float64(mc.matmul(x, w, bias)), dtype, name)
+    product.check(float64(mc.matmul(x, w, bias)), Rounding(dtype), name)
 
 
 @every_dtype
@@ -169,14 +170,14 @@ def test_the_tolerance_notices_one_wrong_weight(dtype: str) -> None:
     x = rows((16, K), seed=27, dtype=dtype)
     product = Product(float64(x), float64(w.dequantize("float32")))
     good = mc.matmul(x, w)
-    product.check(float64(good), dtype)
+    product.check(float64(good), Rounding(dtype))
     codes, scales, _ = w.unpack()
     codes[1234, 56] ^= 1
     no_number, lost = good.copy(), good.copy()
     no_number[3, 4], lost[5] = np.nan, 0
     for bad in (mc.matmul(x, mc.pack(codes, scales, group_size=128)), no_number, lost, good[::-1]):
         with pytest.raises(AssertionError, match="outputs are wrong"):
-            product.check(float64(bad), dtype)
+            product.check(float64(bad), Rounding(dtype))
 
 
 # ---- explain

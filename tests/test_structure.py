@@ -26,7 +26,7 @@ ROWS = (
     ("device",),
     ("scalars",),
     ("frameworks", "formats", "timing", "progress", "writes"),
-    ("layout",),
+    ("layout", "numerics"),
     ("spec",),
     ("files",),
     ("packing",),
@@ -169,9 +169,8 @@ def cuda_files(folder: str) -> dict[str, str]:
 
 
 def test_every_format_has_both_twins() -> None:
-    decoders = {
-        name for name, text in cuda_files("formats").items() if re.search(r"^struct Codec\b", text, re.MULTILINE)
-    }
+    codec = re.compile(r"^(?:struct|using) Codec\b", re.MULTILINE)
+    decoders = {name for name, text in cuda_files("formats").items() if codec.search(text)}
     assert decoders == set(formats.names())
     for name in formats.names():
         assert (PACKAGE / "formats" / f"{name}.py").is_file()

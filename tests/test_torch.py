@@ -24,6 +24,7 @@ from rich.console import Console
 import marlin_cupy as mc
 from marlin_cupy import kernels
 from marlin_cupy.kernels import Dense, dequantize
+from marlin_cupy.numerics import Rounding
 from marlin_cupy.timing import Summary
 
 with warnings.catch_warnings():
@@ -119,7 +120,7 @@ def test_gradients_are_those_of_the_dense_product(name: str, dtype: str) -> None
         assert bias.grad is not None
         assert x.grad.dtype == x.dtype
         dense = w.dequantize("float32").double().numpy()
-        Product(float64(gradient), dense.T).check(float64(x.grad), dtype, name)
+        Product(float64(gradient), dense.T).check(float64(x.grad), Rounding(dtype), name)
         assert same(bias.grad, gradient.float().sum(0).to(x.dtype))
 
 

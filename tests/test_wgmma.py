@@ -15,7 +15,7 @@ from marlin_cupy import kernels
 from marlin_cupy.bench.shapes import LLAMA
 from marlin_cupy.jit import compile as jit_compile
 from marlin_cupy.jit import launch
-from marlin_cupy.kernels import Problem, sm90_wgmma
+from marlin_cupy.kernels import Problem, measured, sm90_wgmma
 from marlin_cupy.kernels.sm90_wgmma import KERNEL, Config, Tiling
 from marlin_cupy.layout import SLAB_K, Layout
 from marlin_cupy.spec import Spec
@@ -62,7 +62,10 @@ def test_configurations_compile_without_spills_and_get_the_registers_that_they_t
         assert built.spill_bytes <= allowed, config
 
 
-@pytest.mark.parametrize("rated", sm90_wgmma.CONFIGS, ids=lambda rated: "-".join(map(str, vars(rated.config).values())))
+TILES = measured.of(H200).read(sm90_wgmma.Costs, KERNEL.name).tiles
+
+
+@pytest.mark.parametrize("rated", TILES, ids=lambda rated: "-".join(map(str, vars(rated.config).values())))
 def test_warpgroups_get_the_registers_that_they_ask_for(rated: sm90_wgmma.RatedConfig) -> None:
     config = rated.config
     of_block = config.launch_registers * config.threads
@@ -226,7 +229,7 @@ def test_the_kernel_says_what_it_does_not_serve() -> None:
     assert list(KERNEL.variants(problem(1).w, "bfloat16", H200)) == []
     assert list(KERNEL.variants(problem(1).w, "float16", GPUS["sm_80"])) == []
     for K in (1, 4096):  # of a spec the format, granule and scales count, not the shape
-        assert len(list(KERNEL.variants(problem(1, K).w, "float16", H200))) == len(sm90_wgmma.CONFIGS)
+        assert len(list(KERNEL.variants(problem(1, K).w, "float16", H200))) == len(TILES)
 
 
 # ---- batch_invariant

@@ -24,7 +24,8 @@ from marlin_cupy.bench import read_floor
 from marlin_cupy.bench.shapes import Shape
 from marlin_cupy.device import Gpu, import_cupy, namespace
 from marlin_cupy.formats.scalars import BFLOAT16, FLOAT16, from_bits, to_bits
-from marlin_cupy.kernels import Candidate
+from marlin_cupy.kernels import Candidate, Problem
+from marlin_cupy.numerics import normal_bound, unstated_bound
 from marlin_cupy.quantizing import quantize
 from marlin_cupy.tensor import QuantizedTensor
 from marlin_cupy.timing import CupyRun, EventTimer, Replay, Run, copies, is_cold
@@ -34,9 +35,8 @@ Weight = TypeVar("Weight")  # as a contender holds it
 
 OURS, FLOOR, CUBLAS, TINYGEMM, HUMMING = "marlin_cupy", "read_floor", "cublas", "tinygemm", "humming"
 
-#: Relative Frobenius errors above these are called wrong. A correct kernel stays well below them: one rounding of the
-#: result costs 2e-4 in float16 and 1.7e-3 in bfloat16, rounded weights or partial sums two or three times that.
-TOLERANCE = {FLOAT16: 2e-3, BFLOAT16: 1e-2}
+#: A relative error so many times the bound of our kernel is called wrong: what it is compared with is rounded too.
+_SLACK = 2
 
 _NUMPY_DTYPES = {FLOAT16: numpy.dtype(numpy.float16), BFLOAT16: numpy.dtype(ml_dtypes.bfloat16)}
 _NAN_BITS = 0x7FFF  # NaN in float16 and in bfloat16
@@ -72,18 +72,18 @@ class Contender(ABC):
         description: what is timed, in words.
         weight_bytes: what a launch reads of its weight.
         copies: how many copies of the weight there are.
-        tolerance: relative errors above it are wrong.
+        dtype: of the result, which has no error where nothing is computed.
     """
 
     name: str
     description: str
     weight_bytes: int
     copies: int
-    tolerance: float
+    dtype: str
 
     def __init__(self, setup: Setup) -> None:
         self._setup = setup
-        self.tolerance = TOLERANCE[setup.dtype]
+        self.dtype = setup.dtype
 
     def _cold(self, first: Weight, weight_bytes: int, copy: Callable[[Weight], Weight]) -> list[Weight]:
         """``first`` and as many copies of it as push each other out of L2."""
@@ -94,6 +94,10 @@ class Contender(ABC):
     def refuses(self, m: int) -> str | None:
         """Why this contender sits out at M rows; None if it does not."""
         return None
+
+    def tolerance(self, m: int) -> float:
+        """The relative Frobenius error at M rows above which its result is called wrong."""
+        return unstated_bound(self.dtype)
 
     def details(self, m: int, dependent: bool) -> tuple[str, str]:
         """Kernel and configuration at M rows, where they are known."""
@@ -131,6 +135,11 @@ class Ours(Contender):
         if setup.kernel is not None:
             self.description += f", by {setup.kernel}, whichever kernel would be chosen"
 
+    def tolerance(self, m: int) -> float:
+        """That of the kernel that runs, by what it says that it rounds."""
+        rounding = kernels.GEMM.rounding(self._problem(m), self._candidate(m))
+        return _SLACK * normal_bound(rounding, self._setup.shape.K)
+
     def details(self, m: int, dependent: bool) -> tuple[str, str]:
         """The candidate that runs."""
         found = self._candidate(m)
@@ -142,27 +151,25 @@ class Ours(Contender):
 
     def _candidate(self, m: int) -> Candidate:
         """The one that matmul chooses, or the named kernel's best; ValueError where that does not serve M rows."""
-        setup = self._setup
-        problem = problem_of(self.weights[0], m, setup.dtype, setup.batch_invariant)
-        if setup.kernel is None:
+        name, problem = self._setup.kernel, self._problem(m)
+        if name is None:
             return kernels.GEMM.choose(problem)
-        found = [each for each in kernels.GEMM.candidates(problem) if each.kernel == setup.kernel]
+        found = [each for each in kernels.GEMM.candidates(problem) if each.kernel == name]
         if not found:
-            raise ValueError(
-                f"{setup.kernel} does not serve M = {m}: it {kernels.GEMM.refusals(problem)[setup.kernel]}."
-            )
+            raise ValueError(f"{name} does not serve M = {m}: it {kernels.GEMM.refusals(problem)[name]}.")
         return found[0]
+
+    def _problem(self, m: int) -> Problem:
+        return problem_of(self.weights[0], m, self._setup.dtype, self._setup.batch_invariant)
 
     def run(self, m: int, dependent: bool) -> Run:
         """One launch per weight copy, all with the same x and y."""
-        x, y = _activations(self._setup, m)
+        x, y = activations(self._setup, m)
         if self._setup.kernel is None:
             options = {"dependent": dependent, "batch_invariant": self._setup.batch_invariant}
             steps = [functools.partial(matmul, x, weight, None, y, **options) for weight in self.weights]
         else:
-            plan = kernels.GEMM.plan(
-                problem_of(self.weights[0], m, self._setup.dtype, self._setup.batch_invariant), self._candidate(m)
-            )
+            plan = kernels.GEMM.plan(self._problem(m), self._candidate(m))
             steps = [
                 functools.partial(plan.multiply, frameworks.of(x), x, weight, None, y, dependent)
                 for weight in self.weights
@@ -222,7 +229,7 @@ class CupyCublas(Contender):
     def run(self, m: int, dependent: bool) -> Run:
         """One GEMM per weight copy."""
         cupy = import_cupy("the benchmark")
-        x, y = _activations(self._setup, m)
+        x, y = activations(self._setup, m)
         steps = [functools.partial(cupy.dot, x, weight.T, out=y) for weight in self._weights]
         return CupyRun(self._setup.stream, steps, functools.partial(_error, self._setup.dtype, x, y, self._dense))
 
@@ -232,7 +239,7 @@ class CupyCublas(Contender):
         return as_float32(self._weights[0], self._setup.dtype).T
 
 
-def _activations(setup: Setup, m: int) -> tuple[Array, Array]:
+def activations(setup: Setup, m: int) -> tuple[Array, Array]:
     """x (M, K), random, and y (M, N)."""
     cupy = import_cupy("the benchmark")
     x = cupy.empty((m, setup.shape.K), dtype=_NUMPY_DTYPES[setup.dtype])

@@ -20,7 +20,6 @@ from marlin_cupy.bench.contenders import (
     CUBLAS,
     HUMMING,
     TINYGEMM,
-    TOLERANCE,
     Contender,
     Setup,
     UnavailableError,
@@ -179,7 +178,7 @@ class Tinygemm(Contender):
         self.description = (
             f"torch.ops.aten._weight_int4pack_mm of PyTorch {version}, bfloat16, at most {self._MAX_M} rows"
         )
-        self.tolerance = TOLERANCE[BFLOAT16]
+        self.dtype = BFLOAT16
 
     def _quantize(self, weight: Tensor, group: int) -> tuple[Tensor, Tensor, Tensor]:
         """uint8 codes (N, K), bfloat16 scales and zeros (N, groups), from the extremes of each group."""

@@ -246,7 +246,7 @@ def _row(
         distance = entry.run.error(entry.graph)
         if distance is not None:
             errors[name] = distance
-            if not distance <= entry.contender.tolerance:  # NaN is wrong too
+            if not distance <= entry.contender.tolerance(m):  # NaN is wrong too
                 wrong.append(name)
     details = {name: entry.contender.details(m, launch == DEPENDENT) for name, entry in entries.items()}
     kernel, config = details.pop(OURS)

@@ -11,8 +11,9 @@ from marlin_cupy.device import Gpu
 from marlin_cupy.frameworks import Framework, StreamFramework
 from marlin_cupy.jit import launch, source
 from marlin_cupy.kernels.arguments import Struct
+from marlin_cupy.kernels.measured import Measured
 from marlin_cupy.kernels.operands import Launcher, Rows, Weight
-from marlin_cupy.kernels.operation import Asked, Configuration, Kernel
+from marlin_cupy.kernels.operation import Asked, Candidate, Configuration, Kernel
 from marlin_cupy.kernels.problem import Plan, Problem, Stacked
 from marlin_cupy.layout import Layout
 from marlin_cupy.spec import Spec
@@ -164,3 +165,7 @@ class ProductKernel(CudaKernel[Problem, Plan]):
         code = self.source(problem, configuration)
         function = self.load(code, configuration.config, problem.w.layout, problem.gpu)
         return self.plan_type(function, configuration, problem)
+
+    @abstractmethod
+    def rated(self, problem: Problem, known: Measured) -> list[Candidate]:
+        """All that could be measured for a problem, not only what is offered, with times as ``known`` predicts them."""

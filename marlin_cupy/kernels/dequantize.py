@@ -19,6 +19,7 @@ from marlin_cupy.kernels.cuda import Block, CudaConfiguration, CudaKernel
 from marlin_cupy.kernels.operands import Weight
 from marlin_cupy.kernels.operation import Asked, Candidate, Configuration
 from marlin_cupy.layout import SLAB_K, SLAB_N, Layout
+from marlin_cupy.numerics import Rounding
 from marlin_cupy.spec import Spec
 
 #: Bytes of a dense run, where a single slab of K does not take more.
@@ -143,6 +144,10 @@ class Dequantize(CudaKernel[Dense, DensePlan]):
         code = self.source(problem, configuration)
         function = self.load(code, configuration.config, problem.w.layout, problem.gpu)
         return DensePlan(function, configuration, problem, problem.gpu)
+
+    def rounding(self, problem: Dense) -> Rounding:
+        """The values of a table, and each weight."""
+        return Rounding(problem.dtype, table=problem.w.layout.format.table is not None)
 
     def variants(self, spec: Spec, dtype: str, gpu: Gpu) -> Iterator[tuple[str, str]]:
         """(name, source) for weights like those of ``spec``, as an array of ``dtype``."""

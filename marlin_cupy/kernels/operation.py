@@ -11,6 +11,7 @@ from typing import Any, ClassVar, Generic, TypeVar
 from marlin_cupy.device import Gpu
 from marlin_cupy.errors import UnsupportedError
 from marlin_cupy.kernels import tuned
+from marlin_cupy.numerics import Rounding
 from marlin_cupy.spec import Spec
 
 #: Plans and choices that an operation keeps: one per problem, and a problem has a number of rows.
@@ -95,6 +96,10 @@ class Kernel(ABC, Generic[P, R]):
         """(name, source) of every CUDA kernel that weights of ``spec`` can need on ``gpu``, for compiling ahead."""
         return iter(())
 
+    @abstractmethod
+    def rounding(self, problem: P) -> Rounding:
+        """What it rounds at most, whichever configuration computes a problem that it does not refuse."""
+
 
 class Operation(Generic[P, R]):
     """The kernels for problems P, in no order; their plans R are made here, once.
@@ -145,6 +150,10 @@ class Operation(Generic[P, R]):
     def source(self, problem: P, candidate: Candidate) -> tuple[str, str] | None:
         """(name, CUDA source) that a candidate for ``problem`` needs; None on the CPU."""
         return self._kernel(candidate).source(problem, candidate.configuration)
+
+    def rounding(self, problem: P, candidate: Candidate) -> Rounding:
+        """What the kernel of a candidate for ``problem`` rounds at most."""
+        return self._kernel(candidate).rounding(problem)
 
     def variants(self, spec: Spec, dtype: str, gpu: Gpu) -> Iterator[tuple[str, str]]:
         """(name, source) of every CUDA kernel that weights of ``spec`` can need on ``gpu``, for compiling ahead."""

@@ -11,6 +11,7 @@ import numpy
 from marlin_cupy.frameworks import Framework
 from marlin_cupy.kernels.operation import Candidate, Configuration, Kernel
 from marlin_cupy.kernels.problem import Plan, Problem, refuses_operands
+from marlin_cupy.numerics import Rounding
 from marlin_cupy.tensor import QuantizedTensor
 
 
@@ -91,6 +92,10 @@ class Reference(Kernel[Problem, Plan]):
         """Nothing to make ready."""
         assert isinstance(configuration, Rows)
         return ReferencePlan(configuration)
+
+    def rounding(self, problem: Problem) -> Rounding:
+        """The result alone."""
+        return Rounding(problem.x.dtype)
 
 
 KERNEL = Reference()

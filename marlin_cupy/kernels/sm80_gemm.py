@@ -9,13 +9,16 @@ from typing import Annotated
 
 from marlin_cupy.device import Gpu
 from marlin_cupy.jit import launch
+from marlin_cupy.kernels import measured
 from marlin_cupy.kernels.arguments import Int, Int64, Struct, pointer
-from marlin_cupy.kernels.costs import DecodeFactors, can_scale, read_us
+from marlin_cupy.kernels.costs import can_scale, read_us, scaling_roundings
 from marlin_cupy.kernels.cuda import Block, CudaConfiguration, CudaPlan, ProductKernel, shared_budget
+from marlin_cupy.kernels.measured import Measured
 from marlin_cupy.kernels.operands import NO_EXCHANGE, Exchange, Launcher, Rows, Stack, Weight
 from marlin_cupy.kernels.operation import Candidate
 from marlin_cupy.kernels.problem import Problem, refuses_operands
 from marlin_cupy.layout import HALF_N, SLAB_K, SLAB_N, Layout
+from marlin_cupy.numerics import Rounding
 from marlin_cupy.spec import Spec
 
 _MIN_ARCH = 80
@@ -103,72 +106,38 @@ class Config(Block):
 
 @dataclass(frozen=True)
 class RatedConfig:
-    """A tile and its speed where it has all the work it wants.
-
-    ``slab_ns`` is the time one SM takes per slab (64 x 128 weights) of int4, group_size=128, float16, on an H200.
-    """
+    """A tile and its speed where it has all the work it wants: nanoseconds that one SM takes per slab."""
 
     config: Config
     slab_ns: float
 
 
-# The costs after the tiles, and the times from M = 32 on, were fitted together to times of these tiles on an H200, on
-# the eight layers of bench.shapes.LLAMA, M = 32, 64 and 128, plain launches, cold weights, by a script that is not in
-# the tree. Of all tiles and grids measured, 6, 17 and 11 tiles, what is predicted to be best takes longer than the best
-# by 0.1 % on average and 1.4 % at worst. The launch, the reading and the exchange, and the times of the tiles before,
-# were fitted earlier, these to times of the same layers up to M = 16.
-# ``python -m marlin_cupy.bench.configs`` measures all tiles.
-#: Per largest M served (the last serves every larger M, in several token tiles): what to choose from.
-CONFIGS: dict[int, tuple[RatedConfig, ...]] = {
-    8: (
-        RatedConfig(Config(4, 1, 2, 1, 2, 8, 4, 2), 135),
-        RatedConfig(Config(4, 1, 1, 1, 4, 8, 4, 2), 143),
-        RatedConfig(Config(2, 1, 1, 1, 8, 8, 3, 2), 196),
-    ),
-    16: (
-        RatedConfig(Config(4, 2, 2, 1, 2, 8, 4, 2), 173),
-        RatedConfig(Config(4, 2, 1, 1, 4, 8, 3, 2), 185),
-        RatedConfig(Config(2, 2, 1, 1, 8, 8, 2, 2), 245),
-    ),
-    32: (
-        RatedConfig(Config(4, 4, 2, 1, 2, 8, 3, 2), 245),
-        RatedConfig(Config(2, 4, 4, 1, 1, 8, 4, 3), 278),
-        RatedConfig(Config(2, 4, 2, 1, 4, 8, 2, 1), 321),
-    ),
-    64: (
-        RatedConfig(Config(2, 8, 4, 1, 2, 8, 3, 1, True), 431),
-        RatedConfig(Config(2, 8, 8, 1, 1, 8, 4, 1, True), 417),
-        RatedConfig(Config(2, 8, 4, 1, 1, 8, 4, 2, True), 435),
-        RatedConfig(Config(4, 8, 2, 1, 4, 4, 2, 1, True), 432),
-        RatedConfig(Config(2, 8, 2, 1, 4, 4, 3, 1, True), 607),
-    ),
-    128: (
-        RatedConfig(Config(4, 8, 4, 2, 1, 8, 3, 1, True), 769),
-        RatedConfig(Config(2, 8, 4, 1, 1, 8, 4, 2, True), 435),
-        RatedConfig(Config(2, 8, 8, 1, 1, 8, 4, 1, True), 417),
-        RatedConfig(Config(4, 8, 2, 1, 2, 4, 4, 2, True), 442),
-    ),
-}
+@dataclass(frozen=True)
+class Tiles:
+    """What to choose from for up to ``up_to`` rows of x; the last serves more rows too, in several token tiles."""
+
+    up_to: int
+    tiles: tuple[RatedConfig, ...]
+
+
+@dataclass(frozen=True)
+class Costs:
+    """The numbers of :func:`grids`, which the files of kernels/measured explain."""
+
+    launch_us: float
+    read_excess: float
+    exchange_us: float
+    share_us: float
+    exchange_bytes_per_us: float
+    stripe_steps: float
+    wave_us: float
+    enough_slots: float
+    sizes: tuple[Tiles, ...]
+
+
+_NAME = "sm80_gemm"
 #: Fragments of 16 x 8 sums that a warp has registers for twice.
 _MOST_EXACT = 16
-#: What every launch pays.
-_LAUNCH_US = 1.6
-#: Those of uint4, nf4 and small granules with float16 are of an earlier version. With 1 on an H200, int4 with bfloat16
-#: took 21.6 us where 18.9 was predicted ((K, N) = (4096, 28672), M = 1), and int8 28.6 us where 19.2 was ((8192, 8192),
-#: M = 16; 1.5 predicts 23.2 there). uint4 with bfloat16 is a guess.
-_DECODE = DecodeFactors({"int4": (1.0, 1.16), "uint4": (1.04, 1.2), "nf4": (1.3, 1.3), "int8": (1.5, 1.5)}, fine=1.1)
-#: How much longer it takes to read a weight than a kernel that does nothing else.
-_READ_EXCESS = 1.1
-#: What a launch pays besides when blocks share tiles: partial tiles written, counted and added up by one block.
-_EXCHANGE_US = 2.5
-_SHARE_US = 0.55
-_EXCHANGE_BYTES_PER_US = 33e3
-#: K steps that a block loses when its stripe starts and ends within tiles.
-_STRIPE_STEPS = 2.1
-#: What each further wave of blocks pays to fill its pipeline.
-_WAVE_US = 2.4
-#: The share of an SM's block slots that is enough to keep it busy.
-_ENOUGH_SLOTS = 0.69
 #: A block should have a few steps to fill its pipeline with.
 _MIN_STEPS = 2
 #: Grids per tile to choose from and to tune.
@@ -186,12 +155,18 @@ def fitted(config: Config, layout: Layout, gpu: Gpu) -> Config | None:
 
 
 def configs(m: int, spec: Spec, dtype: str, gpu: Gpu) -> list[RatedConfig]:
-    """The tiles for M rows of ``dtype`` that fit on ``gpu``.
+    """The tiles for M rows of ``dtype`` that fit on ``gpu``."""
+    return fitting_tiles(m, spec, dtype, gpu, measured.of(gpu))
+
+
+def fitting_tiles(m: int, spec: Spec, dtype: str, gpu: Gpu, known: Measured) -> list[RatedConfig]:
+    """Those of ``known``.
 
     Where weights must not be scaled, sums are: by the same tiles, as far as a second set of sums fits in registers,
     and with the same times, which are not measured for them.
     """
-    rated = CONFIGS[next((size for size in CONFIGS if m <= size), max(CONFIGS))]
+    sizes = known.read(Costs, _NAME).sizes
+    rated = next((size for size in sizes if m <= size.up_to), sizes[-1]).tiles
     if not can_scale(spec, dtype):
         exact = [RatedConfig(dataclasses.replace(each.config, scale_weights=False), each.slab_ns) for each in rated]
         rated = tuple(each for each in exact if each.config.row_atoms * each.config.token_tiles <= _MOST_EXACT)
@@ -236,35 +211,38 @@ class Tiling(CudaConfiguration):
         return f"{self.config}; {self.grid.blocks} blocks over {self.grid.tiles} tiles, {exchange}"
 
 
-def grids(rated: RatedConfig, m: int, layout: Layout, gpu: Gpu, dtype: str) -> list[tuple[float, Grid]]:
+def grids(
+    rated: RatedConfig, m: int, layout: Layout, gpu: Gpu, dtype: str, known: Measured
+) -> list[tuple[float, Grid]]:
     """(predicted microseconds, grid), the best first: a block per tile, shares of a tile, or stripes over all slots."""
-    config = rated.config
+    config, costs = rated.config, known.read(Costs, _NAME)
     slabs_n, slabs_k, slab_bytes = layout.packed_shape
     tiles_m = -(-m // config.tokens)
     tiles = tiles_m * -(-slabs_n * SLAB_N // config.rows)
     steps = -(-slabs_k * SLAB_K // config.k)
     slots = gpu.sm_count * config.blocks_per_sm
-    step_us = config.rows * config.k / (SLAB_N * SLAB_K) * rated.slab_ns / 1000 * _DECODE(layout, dtype)
-    least_us = _READ_EXCESS * read_us(slabs_n * slabs_k * slab_bytes, gpu)
+    step_us = config.rows * config.k / (SLAB_N * SLAB_K) * rated.slab_ns / 1000
+    step_us *= known.decode_factor(_NAME, layout, dtype)
+    least_us = costs.read_excess * read_us(slabs_n * slabs_k * slab_bytes, gpu, known)
 
     def predicted_us(blocks: int) -> float:
         """The memory's time or that of the busiest SM, whichever is longer, and what launch and exchange cost."""
         steps_of_block = tiles * steps / blocks
         if blocks % tiles and tiles % blocks:
-            steps_of_block += _STRIPE_STEPS
+            steps_of_block += costs.stripe_steps
         if blocks <= slots:
             resident = -(-blocks // gpu.sm_count)
             busy_us = resident * steps_of_block * step_us
-            busy_us /= min(1.0, resident / (_ENOUGH_SLOTS * config.blocks_per_sm))
+            busy_us /= min(1.0, resident / (costs.enough_slots * config.blocks_per_sm))
         else:
             waves = -(-blocks // slots)
-            busy_us = waves * config.blocks_per_sm * steps_of_block * step_us + (waves - 1) * _WAVE_US
+            busy_us = waves * config.blocks_per_sm * steps_of_block * step_us + (waves - 1) * costs.wave_us
         exchange_us = 0.0
         if tiles % blocks:
             shares = max(2, -(-blocks // tiles))
             part_bytes = config.rows * min(m, config.tokens) * 4
-            exchange_us = _EXCHANGE_US + shares * (_SHARE_US + part_bytes / _EXCHANGE_BYTES_PER_US)
-        return _LAUNCH_US + max(busy_us, least_us) + exchange_us
+            exchange_us = costs.exchange_us + shares * (costs.share_us + part_bytes / costs.exchange_bytes_per_us)
+        return costs.launch_us + max(busy_us, least_us) + exchange_us
 
     options = [tiles]
     if tiles <= launch.MAX_COUNTERS:
@@ -314,7 +292,7 @@ class Sm80Plan(CudaPlan[Tiling]):
 class Sm80Gemm(ProductKernel):
     """Every shape, format, group size and 16-bit dtype, on sm_80 and later."""
 
-    name = "sm80_gemm"
+    name = _NAME
     arguments = Args
     plan_type = Sm80Plan
 
@@ -335,18 +313,33 @@ class Sm80Gemm(ProductKernel):
     def candidates(self, problem: Problem) -> list[Candidate]:
         """Every tile that fits, with its best grids."""
         assert problem.gpu is not None
-        m, layout, gpu = max(problem.M, 1), problem.w.layout, problem.gpu
+        return self._rated(problem, measured.of(problem.gpu), _GRIDS_OFFERED)
+
+    def rated(self, problem: Problem, known: Measured) -> list[Candidate]:
+        """Every tile that fits, with all grids."""
+        return self._rated(problem, known, None)
+
+    def _rated(self, problem: Problem, known: Measured, grids_each: int | None) -> list[Candidate]:
+        assert problem.gpu is not None
+        m, layout, dtype, gpu = max(problem.M, 1), problem.w.layout, problem.x.dtype, problem.gpu
         return [
             Candidate(self.name, Tiling(rated.config, grid), predicted_us)
-            for rated in configs(m, problem.w, problem.x.dtype, gpu)
-            for predicted_us, grid in grids(rated, m, layout, gpu, problem.x.dtype)[:_GRIDS_OFFERED]
+            for rated in fitting_tiles(m, problem.w, dtype, gpu, known)
+            for predicted_us, grid in grids(rated, m, layout, gpu, dtype, known)[:grids_each]
         ]
 
     def variants(self, spec: Spec, dtype: str, gpu: Gpu) -> Iterator[tuple[str, str]]:
         """(name, source) of every kernel that ``spec`` can need on ``gpu``."""
-        for m in CONFIGS:
-            for rated in configs(m, spec, dtype, gpu):
+        for size in measured.of(gpu).read(Costs, _NAME).sizes:
+            for rated in configs(size.up_to, spec, dtype, gpu):
                 yield self.source_of(spec, dtype, rated.config)
+
+    def rounding(self, problem: Problem) -> Rounding:
+        """Weights too where some tile for so many rows scales them."""
+        assert problem.gpu is not None
+        w, dtype = problem.w, problem.x.dtype
+        scales = any(rated.config.scale_weights for rated in configs(problem.M, w, dtype, problem.gpu))
+        return Rounding(dtype, w.layout.format.table is not None, scaling_roundings(w, dtype) if scales else 0)
 
 
 KERNEL = Sm80Gemm()

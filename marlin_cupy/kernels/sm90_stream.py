@@ -8,15 +8,19 @@ from dataclasses import dataclass
 from typing import Annotated, ClassVar
 
 from marlin_cupy.device import Gpu
+from marlin_cupy.formats.integer import AsymmetricInteger, SymmetricInteger
+from marlin_cupy.formats.scalars import FLOAT16
 from marlin_cupy.jit import launch
-from marlin_cupy.kernels import copy_engine
+from marlin_cupy.kernels import copy_engine, measured
 from marlin_cupy.kernels.arguments import Int, Int64, Struct, TensorMap, pointer
-from marlin_cupy.kernels.costs import DecodeFactors, overlapped_us, read_us
+from marlin_cupy.kernels.costs import overlapped_us, read_us
 from marlin_cupy.kernels.cuda import Block, CudaConfiguration, CudaPlan, ProductKernel, shared_budget
+from marlin_cupy.kernels.measured import Measured
 from marlin_cupy.kernels.operands import Launcher, Rows, Stack, Weight
 from marlin_cupy.kernels.operation import Candidate
 from marlin_cupy.kernels.problem import Problem, refuses_operands
 from marlin_cupy.layout import SLAB_K, SLAB_N, Layout
+from marlin_cupy.numerics import Rounding, subnormal_cut
 from marlin_cupy.spec import Spec
 
 _ARCH = "sm_90a"
@@ -94,80 +98,66 @@ class Config(Block):
 
 
 @dataclass(frozen=True)
-class Costs:
-    """Microseconds on an H200, int4 with group_size=128 and float16; see :func:`predicted_us`.
+class RowCosts:
+    """The numbers of :func:`predicted_us` up to so many rows of x, and what to choose from.
 
     Attributes:
-        launch: of a launch, up to the first slab and from the last one, without what follows.
-        warp: by which each warp on an SM lengthens the launch.
-        slab: that a warp needs for a slab, were it alone on its SM.
-        crowd: by which each warp on an SM lengthens every slab.
-        gap: between a tile and the next, were nothing under way meanwhile; a slot divides it.
-        exchange: for the sum over a cluster at the end of a tile.
+        launch_us: of a launch, up to the first slab and from the last one, without what follows.
+        warp_us: by which each warp on an SM lengthens the launch.
+        slab_us: that a warp needs for a slab, were it alone on its SM.
+        crowd_us: by which each warp on an SM lengthens every slab.
+        gap_us: between a tile and the next, were nothing under way meanwhile; a slot divides it.
+        exchange_us: for the sum over a cluster at the end of a tile.
+        shapes: of each cluster, blocks_per_sm and halves, those that fit and come first are offered.
     """
 
-    launch: float
-    warp: float
-    slab: float
-    crowd: float
-    gap: float
-    exchange: float
+    launch_us: float
+    warp_us: float
+    slab_us: float
+    crowd_us: float
+    gap_us: float
+    exchange_us: float
+    shapes: tuple[Config, ...]
 
 
-#: A dependent launch of a layer with more packed bytes takes all shared memory of its SMs, so that blocks of the next
-#: kernel start where blocks of this one have ended and not beside them, where they would compete for bandwidth. With
-#: fewer bytes they start at once. From a laboratory version of this kernel; not measured for this one.
-_BESIDE_BYTES = 15 << 20
+@dataclass(frozen=True)
+class Costs:
+    """The numbers that the files of kernels/measured hold.
+
+    Attributes:
+        half_slab: what half a slab takes of the time of a slab.
+        beside_bytes: a dependent launch of a layer with more packed bytes takes all shared memory of its SMs, so that
+            blocks of the next kernel start where blocks of this one have ended and not beside them, where they would
+            compete for bandwidth. With fewer bytes they start at once.
+    """
+
+    half_slab: float
+    beside_bytes: int
+    up_to_8: RowCosts
+    up_to_16: RowCosts
+
+    def of_rows(self, m: int) -> RowCosts:
+        """Those for M rows of x."""
+        return self.up_to_8 if m <= _FEW else self.up_to_16
 
 
-# Fitted to times of the shapes that are offered, and of more, for int4 with group_size=128 on an H200: ten layers, the
-# eight of bench.shapes.LLAMA and (K, N) = (5120, 13824) and (7168, 18432), M = 1, 2, 4, 8, 12 and 16, plain launches,
-# cold weights, the shapes of a cell in turns, by a script that is not in the tree. Of those that are offered, what is
-# predicted to be best takes longer than the best by 0.6 % on average and 3.4 % at worst up to M = 8, by 0.3 % and 2 %
-# at M = 12 and 16. Its time is predicted within 7 %.
-#: By the largest M that they hold for.
-COSTS = {
-    8: Costs(launch=2.59, warp=0.0192, slab=0.2237, crowd=0.0521, gap=1.36, exchange=1.05),
-    16: Costs(launch=2.55, warp=0.037, slab=0.274, crowd=0.0946, gap=1.81, exchange=0.75),
-}
-#: By the largest M too; fitted to six of these layers, M = 1, 8 and 16; int8's for bfloat16 at 16 to two of them.
-_DECODE = {
-    8: DecodeFactors({"int4": (1.0, 1.24), "uint4": (1.0, 1.24), "nf4": (1.8, 1.8), "int8": (1.16, 1.16)}, fine=1.24),
-    16: DecodeFactors({"int4": (1.0, 1.1), "uint4": (1.0, 1.1), "nf4": (1.35, 1.35), "int8": (1.08, 1.24)}, fine=1.32),
-}
-#: What half a slab takes of the time of a slab.
-_HALF = 0.59
-#: Per (largest M, cluster, blocks per SM, halves): the (warps_k, slots) that are offered, so far as they fit.
-_SHAPES = {
-    (8, 1, 1, 2): ((8, 2), (8, 3), (12, 2), (4, 3), (4, 2)),
-    (8, 1, 2, 2): ((4, 2), (6, 2), (4, 3), (2, 3), (2, 2)),
-    (8, 2, 1, 2): ((8, 2), (8, 3), (4, 3), (4, 2)),
-    (8, 1, 1, 1): ((8, 2), (12, 3), (16, 2), (4, 3), (4, 2)),
-    (8, 2, 1, 1): ((8, 2), (8, 3)),
-    (16, 1, 1, 2): ((8, 2), (12, 2), (8, 3), (4, 3), (4, 2)),
-    (16, 1, 2, 2): ((4, 2), (6, 2), (4, 3), (2, 3), (2, 2)),
-    (16, 2, 1, 2): ((8, 2), (8, 3), (4, 3), (4, 2)),
-    (16, 1, 1, 1): ((8, 2), (12, 2), (8, 3), (4, 3), (4, 2)),
-    (16, 2, 1, 1): ((8, 2), (8, 3)),
-}
-#: How many of them: those that fit and come first.
+_NAME = "sm90_stream"
+#: Shapes of a cluster, blocks per SM and halves to choose from: those that fit and come first.
 _SHAPES_OFFERED = 3
 
 
-def _largest_m(m: int) -> int:
-    return _FEW if m <= _FEW else _MAX_M
-
-
 def configs(m: int, layout: Layout, gpu: Gpu) -> list[Config]:
-    """The configurations for M rows that fit on ``gpu``."""
-    found = []
-    for (largest_m, cluster, blocks, halves), shapes in _SHAPES.items():
-        if largest_m == _largest_m(m):
-            all_shapes = [Config(largest_m // 8, warps_k, slots, cluster, blocks, halves) for warps_k, slots in shapes]
-            found += [each for each in all_shapes if each.shared_bytes(layout) <= shared_budget(gpu, blocks)][
-                :_SHAPES_OFFERED
-            ]
-    return found
+    """The configurations for M rows that are offered on ``gpu``."""
+    offered: dict[tuple[int, int, int], list[Config]] = {}
+    for each in fitting_shapes(m, layout, gpu, measured.of(gpu)):
+        offered.setdefault((each.cluster, each.blocks_per_sm, each.halves), []).append(each)
+    return [each for alike in offered.values() for each in alike[:_SHAPES_OFFERED]]
+
+
+def fitting_shapes(m: int, layout: Layout, gpu: Gpu, known: Measured) -> list[Config]:
+    """The configurations for M rows of ``known`` that fit on ``gpu``."""
+    shapes = known.read(Costs, _NAME).of_rows(m).shapes
+    return [each for each in shapes if each.shared_bytes(layout) <= shared_budget(gpu, each.blocks_per_sm)]
 
 
 @dataclass(frozen=True)
@@ -199,28 +189,30 @@ def rounds(config: Config, layout: Layout, gpu: Gpu) -> int:
     return -(-tiles(config, layout) // (gpu.sm_count * config.blocks_per_sm // config.cluster))
 
 
-def predicted_us(config: Config, layout: Layout, gpu: Gpu, dtype: str) -> float:
+def predicted_us(config: Config, layout: Layout, gpu: Gpu, dtype: str, known: Measured) -> float:
     """The memory's time and that of the busiest warp, overlapped, and a launch.
 
     A warp waits for its copies, decodes and multiplies a slab at a time, so that its slabs make a chain; more warps on
     an SM hide more of each other's waiting than they take from each other.
     """
     slabs_n, slabs_k, slab_bytes = layout.packed_shape
-    costs = COSTS[config.tokens]
+    costs = known.read(Costs, _NAME)
+    of_rows = costs.of_rows(config.tokens)
     slabs = math.ceil(slabs_k / (config.cluster * config.warps_k))
-    slab = (costs.slab + costs.crowd * config.warps_k * config.blocks_per_sm) * _DECODE[config.tokens](layout, dtype)
+    slab_us = of_rows.slab_us + of_rows.crowd_us * config.warps_k * config.blocks_per_sm
+    slab_us *= known.decode_factor(f"{_NAME}.up_to_{config.tokens}", layout, dtype)
     if config.halves == 1:
-        slab *= _HALF
+        slab_us *= costs.half_slab
     tiles_each = rounds(config, layout, gpu)
-    busy_us = tiles_each * (slabs * slab + (costs.exchange if config.cluster > 1 else 0.0))
-    busy_us += (tiles_each - 1) * costs.gap / config.slots
-    launch_us = costs.launch + costs.warp * config.warps_k * config.blocks_per_sm
-    return launch_us + overlapped_us(busy_us, read_us(slabs_n * slabs_k * slab_bytes, gpu))
+    busy_us = tiles_each * (slabs * slab_us + (of_rows.exchange_us if config.cluster > 1 else 0.0))
+    busy_us += (tiles_each - 1) * of_rows.gap_us / config.slots
+    launch_us = of_rows.launch_us + of_rows.warp_us * config.warps_k * config.blocks_per_sm
+    return launch_us + overlapped_us(busy_us, read_us(slabs_n * slabs_k * slab_bytes, gpu, known))
 
 
 def dependent_shared_bytes(config: Config, layout: Layout, gpu: Gpu) -> int:
-    """Dynamic shared memory of a block in a dependent launch; see _BESIDE_BYTES."""
-    alone = math.prod(layout.packed_shape) > _BESIDE_BYTES
+    """Dynamic shared memory of a block in a dependent launch; see Costs.beside_bytes."""
+    alone = math.prod(layout.packed_shape) > measured.of(gpu).read(Costs, _NAME).beside_bytes
     return config.most_shared_bytes(gpu) if alone else config.shared_bytes(layout)
 
 
@@ -266,7 +258,7 @@ class StreamPlan(CudaPlan[Streams]):
 class Sm90Stream(ProductKernel):
     """Up to 16 rows on Hopper, every format and group size."""
 
-    name = "sm90_stream"
+    name = _NAME
     made_for = _ARCH
     arguments = Args
     plan_type = StreamPlan
@@ -288,15 +280,23 @@ class Sm90Stream(ProductKernel):
         return copy_engine.refuses(problem)
 
     def candidates(self, problem: Problem) -> list[Candidate]:
-        """Every configuration that fits, with as few clusters as need no more rounds than all that can be resident."""
+        """Every configuration that is offered, with as few clusters as need no more rounds than all that fit."""
+        assert problem.gpu is not None
+        offered = configs(problem.M, problem.w.layout, problem.gpu)
+        return self._rated(problem, measured.of(problem.gpu), offered)
+
+    def rated(self, problem: Problem, known: Measured) -> list[Candidate]:
+        """Every configuration that fits, with as many clusters."""
+        assert problem.gpu is not None
+        return self._rated(problem, known, fitting_shapes(problem.M, problem.w.layout, problem.gpu, known))
+
+    def _rated(self, problem: Problem, known: Measured, configs: list[Config]) -> list[Candidate]:
         assert problem.gpu is not None
         layout, gpu = problem.w.layout, problem.gpu
         found = []
-        for config in configs(problem.M, layout, gpu):
-            clusters = -(-tiles(config, layout) // rounds(config, layout, gpu))
-            found.append(
-                Candidate(self.name, Streams(config, clusters), predicted_us(config, layout, gpu, problem.x.dtype))
-            )
+        for config in configs:
+            streams = Streams(config, -(-tiles(config, layout) // rounds(config, layout, gpu)))
+            found.append(Candidate(self.name, streams, predicted_us(config, layout, gpu, problem.x.dtype, known)))
         return found
 
     def variants(self, spec: Spec, dtype: str, gpu: Gpu) -> Iterator[tuple[str, str]]:
@@ -304,6 +304,13 @@ class Sm90Stream(ProductKernel):
         for m in (_FEW, _MAX_M) if gpu.arch == _ARCH else ():
             for config in configs(m, spec.layout, gpu):
                 yield self.source_of(spec, dtype, config)
+
+    def rounding(self, problem: Problem) -> Rounding:
+        """Integer codes of 4 bits and less are multiplied in float16 as subnormals."""
+        format, dtype = problem.w.layout.format, problem.x.dtype
+        are_nibbles = isinstance(format, SymmetricInteger | AsymmetricInteger) and format.bits <= 4
+        cut = subnormal_cut(format.bits) if are_nibbles and dtype == FLOAT16 else 0.0
+        return Rounding(dtype, table=format.table is not None, cut=cut)
 
 
 KERNEL = Sm90Stream()

@@ -14,14 +14,16 @@ from typing import Annotated, ClassVar
 from marlin_cupy.device import Gpu
 from marlin_cupy.formats.scalars import FLOAT16
 from marlin_cupy.jit import launch
-from marlin_cupy.kernels import copy_engine
+from marlin_cupy.kernels import copy_engine, measured
 from marlin_cupy.kernels.arguments import Int, Int64, Struct, TensorMap, pointer
-from marlin_cupy.kernels.costs import DecodeFactors, can_scale, overlapped_us, read_us
+from marlin_cupy.kernels.costs import can_scale, overlapped_us, read_us, scaling_roundings
 from marlin_cupy.kernels.cuda import Block, CudaConfiguration, CudaPlan, ProductKernel, shared_budget
+from marlin_cupy.kernels.measured import Measured
 from marlin_cupy.kernels.operands import NO_EXCHANGE, Exchange, Launcher, Rows, Stack, Weight
 from marlin_cupy.kernels.operation import Candidate
 from marlin_cupy.kernels.problem import Problem, refuses_operands
 from marlin_cupy.layout import SLAB_K, SLAB_N, Layout
+from marlin_cupy.numerics import Rounding
 from marlin_cupy.spec import Spec
 
 _ARCH = "sm_90a"
@@ -156,95 +158,34 @@ class Untraded(Config):
 
 @dataclass(frozen=True)
 class RatedConfig:
-    """A tile and its speed: the time in which every block on an SM is through with a slab of K.
-
-    Nanoseconds on an H200, int4 with group_size=128 and float16, decoding and multiplying; see :func:`predicted_us`.
-    """
+    """A tile and its speed: nanoseconds in which every block on an SM is through with a slab of K."""
 
     config: Config
     slab_ns: float
 
 
-# The times and costs below were fitted together to times of these tiles on an H200: 11 layers, the eight of
-# bench.shapes.LLAMA and (K, N) = (2048, 5632), (5120, 13824) and (7168, 18432), M = 12 to 4096, plain launches, cold
-# weights, the candidates of a cell in turns, by a script that is not in the tree. Of the candidates measured (up to
-# fourteen that an earlier fit put first), what is predicted to be best takes longer than the best by 0.2 % on average
-# and 7 % at worst up to M = 128, by 0.5 % and 7 % above, where the clock depends on the power drawn. Of some 80 tiles
-# these are left; without any of them some cell would lose about a per cent or more.
-#: The tiles to choose from, for any M.
-CONFIGS = (
-    RatedConfig(Config(1, 2, 1, 16, 8, 2), 155),
-    RatedConfig(Config(1, 4, 1, 16, 12, 1), 156),
-    RatedConfig(Config(2, 2, 1, 16, 12, 2), 286),
-    RatedConfig(Config(3, 1, 1, 16, 9, 2), 394),
-    RatedConfig(Config(4, 1, 1, 16, 5, 1), 528),
-    RatedConfig(Config(1, 2, 1, 32, 8, 2), 177),
-    RatedConfig(Config(1, 3, 1, 32, 12, 1), 182),
-    RatedConfig(Config(2, 2, 1, 32, 12, 1), 347),
-    RatedConfig(Config(2, 2, 1, 32, 10, 2), 355),
-    RatedConfig(Config(2, 1, 2, 32, 4, 1), 633),
-    RatedConfig(Config(1, 2, 1, 48, 8, 1), 219),
-    RatedConfig(Config(1, 2, 1, 48, 8, 2), 201),
-    RatedConfig(Config(2, 2, 1, 48, 8, 1), 414),
-    RatedConfig(Config(2, 1, 2, 48, 4, 1), 776),
-    RatedConfig(Config(1, 2, 1, 64, 8, 2), 225),
-    RatedConfig(Config(1, 3, 1, 64, 9, 1), 235),
-    RatedConfig(Config(2, 2, 1, 64, 6, 1), 483),
-    RatedConfig(Config(3, 1, 1, 64, 4, 2), 717),
-    RatedConfig(Config(2, 1, 2, 64, 4, 1), 974),
-    RatedConfig(Config(1, 2, 1, 80, 6, 2), 288),
-    RatedConfig(Config(2, 1, 1, 80, 4, 1), 593),
-    RatedConfig(Config(2, 1, 1, 80, 4, 2), 565),
-    RatedConfig(Config(3, 1, 1, 80, 4, 1), 808),
-    RatedConfig(Config(3, 1, 1, 80, 4, 2), 805),
-    RatedConfig(Config(2, 1, 2, 80, 4, 1), 1103),
-    RatedConfig(Config(1, 2, 1, 96, 6, 1), 313),
-    RatedConfig(Config(1, 2, 1, 96, 6, 2), 310),
-    RatedConfig(Config(2, 1, 1, 96, 4, 1), 670),
-    RatedConfig(Config(3, 1, 1, 96, 4, 2), 921),
-    RatedConfig(Config(2, 1, 2, 96, 4, 1), 1195),
-    RatedConfig(Config(1, 2, 1, 112, 6, 2), 337),
-    RatedConfig(Config(2, 1, 1, 112, 4, 1), 732),
-    RatedConfig(Config(2, 1, 1, 112, 4, 2), 716),
-    RatedConfig(Config(3, 1, 1, 112, 4, 1), 1004),
-    RatedConfig(Config(3, 1, 1, 112, 4, 2), 1010),
-    RatedConfig(Config(2, 1, 2, 112, 4, 1), 1362),
-    RatedConfig(Config(1, 2, 1, 128, 4, 1), 429),
-    RatedConfig(Config(2, 1, 1, 128, 4, 1), 777),
-    RatedConfig(Config(2, 1, 1, 128, 4, 2), 798),
-    RatedConfig(Config(3, 1, 1, 128, 4, 1), 1139),
-    RatedConfig(Config(3, 1, 1, 128, 4, 2), 1209),
-    RatedConfig(Config(2, 1, 2, 128, 4, 1), 1547),
-    RatedConfig(Config(2, 1, 1, 144, 3, 1), 862),
-    RatedConfig(Config(2, 1, 1, 144, 3, 2), 862),
-    RatedConfig(Config(2, 1, 1, 160, 3, 1), 962),
-    RatedConfig(Config(2, 1, 1, 160, 3, 2), 1037),
-    RatedConfig(Config(3, 1, 1, 160, 3, 1), 1449),
-    RatedConfig(Config(2, 1, 1, 176, 3, 1), 1051),
-    RatedConfig(Config(3, 1, 1, 192, 3, 1), 1696),
-    RatedConfig(Config(2, 1, 1, 208, 3, 1), 1247),
-    RatedConfig(Config(2, 1, 1, 208, 3, 2), 1330),
-    RatedConfig(Config(2, 1, 1, 256, 3, 1), 1535),
-)
-#: What every launch pays, and every tile of a block at its end. The launch was set before the fit.
-_LAUNCH_US, _TILE_US = 2.3, 0.23
-#: What a cluster pays for its exchange, and per 64 KB of a tile's sums.
-_CLUSTER_US, _CLUSTER_SHARE_US = 0.63, 1.24
-#: What stripes pay: once, per 64 KB of a share, slabs that a block loses, and how much longer everything takes.
-_STRIPE_US, _SHARE_US, _STRIPE_SLABS, _STRIPE_EXCESS = 1.72, 0.66, 5.2, 1.033
+@dataclass(frozen=True)
+class Costs:
+    """The numbers of :func:`predicted_us`, which the files of kernels/measured explain, and the tiles."""
+
+    launch_us: float
+    tile_us: float
+    cluster_us: float
+    cluster_share_us: float
+    stripe_us: float
+    share_us: float
+    stripe_slabs: float
+    stripe_excess: float
+    all_ns: float
+    all_bytes_per_ns: float
+    decode_ns: float
+    wave_us: float
+    tiles: tuple[RatedConfig, ...]
+
+
+_NAME = "sm90_wgmma"
+#: The sums of a tile that costs of sharing are of.
 _SHARE_BYTES = 64 << 10
-#: Nanoseconds that all SMs together need for a slab of a tile with 64 KB of sums, and bytes per nanosecond that they
-#: get of x and of weights from wherever these are.
-_ALL_NS, _ALL_BYTES_PER_NS = 3.9, 11.9e3
-#: SMs of the GPU that these are of.
-_SMS = 132
-#: Nanoseconds of decoding 64 outputs of a slab, which other formats lengthen. The factors were fitted with this to six
-#: of these layers, M = 16, 64 and 256, before the times of the tiles above, and rounded; int4's for bfloat16 and int8's
-#: were set later, and choose what is within 3 % of the best on two of them from M = 32 on.
-_DECODE_NS = 155
-_DECODE = DecodeFactors({"int4": (1.0, 1.0), "uint4": (1.08, 1.08), "nf4": (1.4, 1.36), "int8": (1.1, 1.1)}, fine=1.1)
-#: What each further wave of blocks pays to start, where more blocks are launched than fit.
-_WAVE_US = 2.6
 #: Candidates to choose from and to tune.
 _OFFERED = 12
 #: Rows of x that count alike when the split of K is chosen for batch_invariant: a few, some and many.
@@ -262,7 +203,12 @@ def fitted(config: Config, layout: Layout, gpu: Gpu) -> Config | None:
 
 def configs(layout: Layout, gpu: Gpu) -> list[RatedConfig]:
     """The tiles that fit on ``gpu``."""
-    all_fitted = [(fitted(each.config, layout, gpu), each.slab_ns) for each in CONFIGS]
+    return fitting_tiles(layout, gpu, measured.of(gpu))
+
+
+def fitting_tiles(layout: Layout, gpu: Gpu, known: Measured) -> list[RatedConfig]:
+    """The tiles of ``known`` that fit on ``gpu``."""
+    all_fitted = [(fitted(each.config, layout, gpu), each.slab_ns) for each in known.read(Costs, _NAME).tiles]
     return [RatedConfig(config, slab_ns) for config, slab_ns in all_fitted if config is not None]
 
 
@@ -342,42 +288,43 @@ def invariant_grid(config: Config, m: int, layout: Layout, gpu: Gpu) -> Grid:
     return whole if config.wgs_k == 1 else Grid(whole.tiles, whole.tiles, whole.tiles_m, 1)
 
 
-def predicted_us(rated: RatedConfig, grid: Grid, layout: Layout, gpu: Gpu, dtype: str) -> float:
+def predicted_us(rated: RatedConfig, grid: Grid, layout: Layout, gpu: Gpu, dtype: str, known: Measured) -> float:
     """Launch, and the longest of what holds a launch up, somewhat more where they are close.
 
     What the busiest block does: as long for each slab, whether the tensor cores, decoding or the memory hold it up,
     something at the end of each tile, and an exchange for tiles that are put together. Reading the weight from memory.
     What all SMs together can multiply and read, where all of them work: less than an SM alone times their number.
     """
-    config = rated.config
+    config, costs = rated.config, known.read(Costs, _NAME)
     slabs_n, slabs_k, slab_bytes = layout.packed_shape
-    slab_us = (rated.slab_ns + (_DECODE(layout, dtype) - 1) * _DECODE_NS * config.rows / SLAB_N) / 1000
+    longer = known.decode_factor(_NAME, layout, dtype) - 1
+    slab_us = (rated.slab_ns + longer * costs.decode_ns * config.rows / SLAB_N) / 1000
     share = config.rows * config.tokens * 4 / _SHARE_BYTES
     waves = -(-(grid.tiles - grid.shared_tiles) // min(grid.blocks, slots(config, gpu)))
-    busy_us = waves * (slabs_k / config.cluster * slab_us + _TILE_US)
+    busy_us = waves * (slabs_k / config.cluster * slab_us + costs.tile_us)
     if grid.blocks > slots(config, gpu):
-        busy_us += (waves - 1) * _WAVE_US
+        busy_us += (waves - 1) * costs.wave_us
     if config.cluster > 1:
-        busy_us += _CLUSTER_US + _CLUSTER_SHARE_US * share
-    all_us = grid.tiles * slabs_k * share * _ALL_NS / 1000 * (_SMS / gpu.sm_count)
+        busy_us += costs.cluster_us + costs.cluster_share_us * share
+    all_us = grid.tiles * slabs_k * share * costs.all_ns / 1000 * (known.gpu.sm_count / gpu.sm_count)
     if grid.shared_tiles:
-        stretch = grid.shared_tiles * slabs_k / grid.blocks + _STRIPE_SLABS
+        stretch = grid.shared_tiles * slabs_k / grid.blocks + costs.stripe_slabs
         shares = max(2, -(-grid.blocks // grid.shared_tiles))
-        busy_us += stretch * slab_us + _TILE_US + _STRIPE_US + shares * _SHARE_US * share
-        busy_us *= _STRIPE_EXCESS
-        all_us *= _STRIPE_EXCESS
+        busy_us += stretch * slab_us + costs.tile_us + costs.stripe_us + shares * costs.share_us * share
+        busy_us *= costs.stripe_excess
+        all_us *= costs.stripe_excess
     moved = config.tokens * SLAB_K * 2 + config.rows // SLAB_N * slab_bytes
-    moved_us = grid.tiles * slabs_k * moved / _ALL_BYTES_PER_NS / 1000 * (_SMS / gpu.sm_count)
-    memory_us = read_us(slabs_n * slabs_k * slab_bytes, gpu)
-    return _LAUNCH_US + overlapped_us(busy_us, memory_us, all_us, moved_us)
+    moved_us = grid.tiles * slabs_k * moved / costs.all_bytes_per_ns / 1000 * (known.gpu.sm_count / gpu.sm_count)
+    memory_us = read_us(slabs_n * slabs_k * slab_bytes, gpu, known)
+    return costs.launch_us + overlapped_us(busy_us, memory_us, all_us, moved_us)
 
 
-def options(m: int, layout: Layout, gpu: Gpu, dtype: str) -> list[tuple[float, Tiling]]:
+def options(m: int, layout: Layout, gpu: Gpu, dtype: str, known: Measured) -> list[tuple[float, Tiling]]:
     """(predicted microseconds, tile and grid) of all tiles, whole and with stripes; the best first."""
     found = []
-    for rated in configs(layout, gpu):
+    for rated in fitting_tiles(layout, gpu, known):
         for grid in dict.fromkeys(grid_of(rated.config, m, layout, gpu, stripes) for stripes in (False, True)):
-            found.append((predicted_us(rated, grid, layout, gpu, dtype), Tiling(rated.config, grid)))
+            found.append((predicted_us(rated, grid, layout, gpu, dtype, known), Tiling(rated.config, grid)))
     return sorted(found, key=lambda option: option[0])
 
 
@@ -393,7 +340,7 @@ def invariant_options(
     for rated in configs(layout, gpu):
         if (rated.config.wgs_k, rated.config.cluster) == split:
             grid = invariant_grid(rated.config, m, layout, gpu)
-            found.append((predicted_us(rated, grid, layout, gpu, dtype), Tiling(rated.config, grid)))
+            found.append((predicted_us(rated, grid, layout, gpu, dtype, measured.of(gpu)), Tiling(rated.config, grid)))
     return sorted(found, key=lambda option: option[0])
 
 
@@ -467,7 +414,7 @@ def _refuses_any_shape(spec: Spec, dtype: str, gpu: Gpu) -> str | None:
 class Sm90Wgmma(ProductKernel):
     """Any number of rows on Hopper, every format and group size; the only one on a GPU that can be batch invariant."""
 
-    name = "sm90_wgmma"
+    name = _NAME
     made_for = _ARCH
     arguments = Args
     plan_type = WgmmaPlan
@@ -489,14 +436,25 @@ class Sm90Wgmma(ProductKernel):
         if problem.batch_invariant:
             found = invariant_options(m, layout, gpu, problem.x.dtype, invariant_split(layout, gpu))
         else:
-            found = options(m, layout, gpu, problem.x.dtype)
+            found = options(m, layout, gpu, problem.x.dtype, measured.of(gpu))
         return [Candidate(self.name, tiling, us) for us, tiling in found[:_OFFERED]]
+
+    def rated(self, problem: Problem, known: Measured) -> list[Candidate]:
+        """All tiles that fit, whole and with stripes."""
+        assert problem.gpu is not None
+        found = options(max(problem.M, 1), problem.w.layout, problem.gpu, problem.x.dtype, known)
+        return [Candidate(self.name, tiling, us) for us, tiling in found]
 
     def variants(self, spec: Spec, dtype: str, gpu: Gpu) -> Iterator[tuple[str, str]]:
         """(name, source) of every kernel that ``spec`` can need on ``gpu``."""
         if _refuses_any_shape(spec, dtype, gpu) is None:
             for rated in configs(spec.layout, gpu):
                 yield self.source_of(spec, dtype, rated.config)
+
+    def rounding(self, problem: Problem) -> Rounding:
+        """Weights are rounded after scaling."""
+        w, dtype = problem.w, problem.x.dtype
+        return Rounding(dtype, w.layout.format.table is not None, scaling_roundings(w, dtype))
 
 
 KERNEL = Sm90Wgmma()
