@@ -52,7 +52,8 @@ def matmul(
             touched after that. So no kernel of yours that is ahead may write the weight. Whatever marlin_cupy does to
             a weight (quantize, pack, load, to, update_, the constructor) is safe. If something else wrote into
             w.packed, call w.mark_written(). (Where only codes were written and no scales, passing False for the first
-            multiplication on a stream after that is enough.)
+            multiplication on a stream after that is enough.) A captured graph keeps the memory of its products, y and
+            partial sums. So two instances of one graph must not run at the same time; capture twice for that.
 
     Returns:
         [..., N] in x's library, dtype and device.

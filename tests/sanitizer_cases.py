@@ -1,8 +1,12 @@
 """Small cases of every kernel configuration, for NVIDIA's compute-sanitizer.
 
-    for tool in memcheck racecheck synccheck initcheck; do
+    for tool in memcheck synccheck initcheck; do
         compute-sanitizer --tool $tool --error-exitcode 1 python tests/sanitizer_cases.py
     done
+    compute-sanitizer --tool racecheck --error-exitcode 1 python tests/sanitizer_cases.py --untraded
+
+racecheck does not end where warpgroups trade registers (sm90_wgmma.Untraded says why): ``--untraded`` takes blocks that
+do not. The compiler refuses the widest tiles then; they are counted.
 
 ``--kernel sm90_stream --every 4`` leaves every fourth case of that kernel. marlin_cupy has to be installed, or the
 checkout in PYTHONPATH. Run it once without the tool first, so that compiling is done. It exits with an error when a
@@ -15,6 +19,7 @@ import argparse
 import dataclasses
 import itertools
 import time
+from collections import Counter
 from collections.abc import Iterator
 
 import cupy
@@ -77,12 +82,12 @@ def stream_cases(dtype: str, w: mc.QuantizedTensor) -> Iterator[Case]:
                         yield sm90_stream.KERNEL, M, sm90_stream.Streams(config, clusters)
 
 
-def wgmma_cases(dtype: str, w: mc.QuantizedTensor, only_every: int) -> Iterator[Case]:
+def wgmma_cases(dtype: str, w: mc.QuantizedTensor, only_every: int, untraded: bool) -> Iterator[Case]:
     """Every configuration for less than a tile of rows and for a few more: tiles whole and shared in several ways."""
     if sm90_wgmma.KERNEL.refuses(Problem(1, dtype, w.spec, gpu())) is not None:
         return
     for rated in sm90_wgmma.configs(w.layout, gpu())[::only_every]:
-        config = rated.config
+        config = sm90_wgmma.Untraded(**rated.config.numbers) if untraded else rated.config
         for M in (config.tokens - 3, config.tokens + 5):
             whole = sm90_wgmma.grid_of(config, M, w.layout, gpu(), stripes=False)
             grids = [whole]
@@ -97,19 +102,30 @@ def wgmma_cases(dtype: str, w: mc.QuantizedTensor, only_every: int) -> Iterator[
                 yield sm90_wgmma.KERNEL, M, sm90_wgmma.Tiling(config, grid)
 
 
-def check_kernels(format: str, dtype: str, only_every: int, names: list[str], turns: Iterator[bool]) -> tuple[int, int]:
-    """Numbers of launches with whole tiles and with shared ones, of the kernels in ``names`` where it is their turn."""
-    launches = [0, 0]
+def check_kernels(
+    format: str, dtype: str, only_every: int, names: list[str], turns: Iterator[bool], untraded: bool
+) -> Counter[str]:
+    """Launches with whole tiles and with shared ones, and cases refused by the compiler, of the kernels in ``names``
+    where it is their turn.
+    """
+    counts: Counter[str] = Counter()
     for K, N in SHAPES + COPIED_SHAPES:
         on_host = mc.quantize(gaussian(K, N, seed=K), format, GROUP_SIZE[format], scale_dtype=dtype)
         w = on_host.to("cuda")
         x, bias = rows((261, K), seed=N, dtype=dtype), rows((N,), seed=K, dtype=dtype)
         exact = Product(*(part.astype(np.float64) for part in (x, on_host.dequantize("float32"), bias)))
         portable = portable_cases(dtype, w, only_every) if (K, N) in SHAPES else ()
-        for kernel, M, configuration in (*portable, *stream_cases(dtype, w), *wgmma_cases(dtype, w, only_every)):
+        on_hopper = (*stream_cases(dtype, w), *wgmma_cases(dtype, w, only_every, untraded))
+        for kernel, M, configuration in (*portable, *on_hopper):
             if kernel.name not in names or not next(turns):
                 continue
-            plan = kernel.plan(Problem(M, dtype, w.spec, gpu()), configuration)
+            try:
+                plan = kernel.plan(Problem(M, dtype, w.spec, gpu()), configuration)
+            except mc.CompileError:  # a wide tile, without the registers that the copying warpgroup would have given
+                if not isinstance(configuration.config, sm90_wgmma.Untraded):
+                    raise
+                counts["refused"] += 1
+                continue
             x_gpu, bias_gpu = to_gpu(x[:M]), to_gpu(bias)
             for dependent in (False, True) if configuration.dependent else (False,):
                 out = cupy.asarray(np.full((M, N), _NAN, np.uint16)).view(DTYPES[dtype])
@@ -120,8 +136,8 @@ def check_kernels(format: str, dtype: str, only_every: int, names: list[str], tu
                 rounding = "" if is_exact(configuration) else kernel.name
                 case = f"{format} {dtype} {plan}, dependent={dependent}"
                 exact.check(to_host(out).astype(np.float64), dtype, format, gpu=True, kernel=rounding, case=case)
-                launches[is_shared(configuration)] += 1
-    return launches[0], launches[1]
+                counts["shared" if is_shared(configuration) else "whole"] += 1
+    return counts
 
 
 def is_exact(configuration: CudaConfiguration) -> bool:
@@ -176,23 +192,24 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--every", type=int, default=1)
     parser.add_argument("--kernel", action="append", choices=[kernel.name for kernel in KERNELS])
+    parser.add_argument("--untraded", action="store_true", help="sm90_wgmma without trading registers, for racecheck")
     options = parser.parse_args()
     names = options.kernel or [kernel.name for kernel in KERNELS]
     turns = itertools.cycle([True] + [False] * (options.every - 1))
     start = time.perf_counter()
-    whole = shared = 0
+    counts: Counter[str] = Counter()
     for index, format in enumerate(FORMATS):
         for dtype in HALF if format == "int4" else (HALF[index % 2],):
-            counts = check_kernels(format, dtype, 1 if format == "int4" and dtype == "float16" else 3, names, turns)
-            whole, shared = whole + counts[0], shared + counts[1]
+            only_every = 1 if format == "int4" and dtype == "float16" else 3
+            counts += check_kernels(format, dtype, only_every, names, turns, options.untraded)
     others, dense = check_addresses(), check_dense()
-    assert whole, "no launch with whole tiles"
-    assert shared, "no launch with shared tiles"
+    assert counts["whole"], "no launch with whole tiles"
+    assert counts["shared"], "no launch with shared tiles"
     cupy.cuda.Device().synchronize()
     took = time.perf_counter() - start
     print(
-        f"right in {took:.1f} s: launches with whole tiles {whole}, with shared ones {shared}, odd addresses {others}, "
-        f"dense runs {dense}"
+        f"right in {took:.1f} s: launches with whole tiles {counts['whole']}, with shared ones {counts['shared']}, "
+        f"odd addresses {others}, dense runs {dense}; refused by the compiler {counts['refused']}"
     )
 
 

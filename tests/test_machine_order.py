@@ -1,8 +1,7 @@
 """sm90_stream refills a slot when its loads have ended: read from the machine code, where the source cannot say so.
 
-A copy engine writes to shared memory without asking whether loads of it have ended. A load that has only been issued may
-get what the copy writes; that was a race once, in some 1 of 100 runs. Instructions of sm_90 are 128 bits, of which the
-compiler sets some that order them:
+The copy engine writes to shared memory without asking whether loads from there have ended. A load that has only been
+issued may get what the copy writes. Instructions of sm_90 are 128 bits, some of which order them:
 
     bits 0-11     opcode
     bits 110-112  the scoreboard that counts a load until its data are there; 7 is none, it ends before the next one

@@ -74,6 +74,25 @@ def test_warpgroups_get_the_registers_that_they_ask_for(rated: sm90_wgmma.RatedC
     assert config.stages % config.wgs_k == 0
 
 
+@pytest.mark.parametrize("index", range(4))
+def test_blocks_for_tools_trade_no_registers_and_can_be_launched(index: int) -> None:
+    """Registers are those of four parts of an SM, each of which gets every fourth warp. The widest tiles need more."""
+    spec = Spec("int4", (4096, 4096), 128, "float16")
+    found = [
+        each for each in sm90_wgmma.configs(spec.layout, H200) if each.config.row_blocks * each.config.tokens <= 160
+    ]
+    for rated in found[index::12]:
+        config = sm90_wgmma.Untraded(**rated.config.numbers)
+        _, text = KERNEL.source_of(spec, "float16", config)
+        assert "trades_registers = 0" in text
+        assert config.threads == 128 * config.consumers + 64
+        assert config.shared_bytes(spec.layout) == rated.config.shared_bytes(spec.layout)
+        assert config.key == rated.config.key
+        built = jit_compile.compile(text, "sm_90a")
+        assert -(-config.threads // 128) * 32 * -(-built.registers // 8) * 8 <= 65536 // 4, config
+        assert "setmaxnreg" not in jit_compile.ptx(text, "sm_90a")
+
+
 @pytest.mark.parametrize("name", FORMATS)
 @pytest.mark.parametrize("group_size", [16, 32, 64, 128])
 def test_stages_are_as_many_as_fit(name: str, group_size: int) -> None:

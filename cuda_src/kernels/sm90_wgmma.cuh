@@ -60,7 +60,7 @@ struct Tile : Config {
     static constexpr int pieces = (Config::tokens + 127) / 128;       // wgmma per row block and 16 K
     static constexpr int piece = Config::tokens / pieces;
     static constexpr int consumers = 4 * WARP * Config::wgs_n * Config::wgs_k;
-    static constexpr int threads = consumers + 4 * WARP;
+    static constexpr int threads = consumers + (Config::trades_registers ? 4 : 2) * WARP;  // warpgroups alone can trade
     static constexpr int sums = Config::tokens / 2;                   // accumulators per thread and row block
     static constexpr int share_bytes = rows * Config::tokens * 4;     // of the tile as float32
     static_assert(Config::stages % Config::wgs_k == 0, "a K group that runs ahead must not meet another's stages");
@@ -78,7 +78,7 @@ using Output = TurnedStore<Tile, Activation>;
 // x comes first, since it needs the alignment of its swizzle. A cluster computes one tile, so that its ring is free when its
 // blocks exchange shares: large ones go there.
 struct Memory {
-    static constexpr int LENT_BYTES = 16384;                                // less than that is not worth waiting for the ring
+    static constexpr int LENT_BYTES = 16384;                                // less is not worth waiting for the ring
     static constexpr int cluster_bytes = (Tile::cluster - 1) * Tile::share_bytes;
     static constexpr bool lends_stages = cluster_bytes > LENT_BYTES;
 
@@ -256,12 +256,12 @@ extern "C" __global__ void __cluster_dims__(Config::cluster) __launch_bounds__(T
     }
 
     if (warpgroup_index() == Tile::wgs_n * Tile::wgs_k) {
-        warpgroup_give_registers<Config::producer_registers>();
+        if constexpr (Config::trades_registers) warpgroup_give_registers<Config::producer_registers>();
         const int role = static_cast<int>(uniform(threadIdx.x / WARP)) - Tile::consumers / WARP;
         if (role == 0 && elect_lane()) load_weights(args, memory);
         if (role == 1 && elect_lane()) load_x(args, memory);
     } else {
-        warpgroup_take_registers<Config::consumer_registers>();
+        if constexpr (Config::trades_registers) warpgroup_take_registers<Config::consumer_registers>();
         Compute(args, memory).run();
     }
 }

@@ -152,8 +152,10 @@ def load(
 class Counters:
     """Zeroed device words for kernels that leave them zero, so that launches in one stream can share them.
 
-    Each stream has a range of its own; each captured launch gets one that nothing else ever uses, since a graph
-    may run on any stream.
+    Each stream has a range of its own; each captured launch gets one that no other launch ever uses, since a graph
+    may run on any stream. Runs of one instance of a graph follow one another. Two instances of one captured graph share
+    these words, partial tiles, y and whatever else was captured: they must not run at the same time. Nobody here is
+    told of instances, so that cannot be refused.
     """
 
     def __init__(self, device: int) -> None:

@@ -91,7 +91,7 @@ class Config(Block):
     def constants(self) -> dict[str, int]:
         """The numbers and the registers that warpgroups trade."""
         registers = {"producer_registers": _PRODUCER_REGISTERS, "consumer_registers": self.consumer_registers}
-        return self.numbers | registers
+        return self.numbers | registers | {"trades_registers": True}
 
     def __str__(self) -> str:
         split = [f"{self.wgs_k} groups of warps" if self.wgs_k > 1 else "", "2 blocks" if self.cluster > 1 else ""]
@@ -101,6 +101,25 @@ class Config(Block):
             + (f", {shared} share its K" if shared else "")
             + ", weights are rounded to 16 bits after scaling"
         )
+
+
+@dataclass(frozen=True)
+class Untraded(Config):
+    """The same tile in a block of which no warpgroup trades registers, and two warps copy: for tools, not for speed.
+
+    compute-sanitizer gives a launch more registers per thread. Trading counts on those that the compiler gave: a
+    warpgroup that asks for its share would wait for ever.
+    """
+
+    @property
+    def threads(self) -> int:
+        """Threads of a block."""
+        return _WARPGROUP * self.consumers + _WARPGROUP // 2
+
+    @property
+    def constants(self) -> dict[str, int]:
+        """The numbers; the compiler divides the registers evenly."""
+        return super().constants | {"trades_registers": False}
 
 
 @dataclass(frozen=True)
