@@ -42,7 +42,8 @@ struct TurnedStore {
             Vec4 pairs;
 #pragma unroll
             for (int i = 0; i < 4; ++i)
-                pairs.word[i] = T::pack(s[8 * t + 2 * i] * undo[i % 2] + bias[i % 2], s[8 * t + 2 * i + 1] * undo[i % 2] + bias[i % 2]);
+                pairs.word[i] = T::pack(s[8 * t + 2 * i] * undo[i % 2] + bias[i % 2],
+                                        s[8 * t + 2 * i + 1] * undo[i % 2] + bias[i % 2]);
             store_matrix_x4_turned(put + t % 2 * bytes, pairs);
             barrier_sync(STORE + me.wg_n, 4 * WARP);
             const int my_token = token + tokens * t + to;

@@ -108,7 +108,8 @@ struct Share {
 struct Walk {
     int tile, slab, left;
 
-    __device__ explicit Walk(const Share& share) : tile(share.first_tile), slab(share.k_begin), left(share.tiles * share.per_tile) {}
+    __device__ explicit Walk(const Share& share)
+        : tile(share.first_tile), slab(share.k_begin), left(share.tiles * share.per_tile) {}
 
     __device__ void advance(const Share& share) {
         --left;

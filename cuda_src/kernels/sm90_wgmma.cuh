@@ -60,7 +60,7 @@ using Output = TurnedStore<Tile, Activation>;
 // x comes first, since it needs the alignment of its swizzle. A cluster computes one tile, so that its ring is free when its
 // blocks exchange shares: large ones go there.
 struct Memory {
-    static constexpr int LENT_BYTES = 16384;                                // less than that is not worth waiting for the ring
+    static constexpr int LENT_BYTES = 16384;                                // less is not worth waiting for the ring
     static constexpr int cluster_bytes = (Tile::cluster - 1) * Tile::share_bytes;
     static constexpr bool lends_stages = cluster_bytes > LENT_BYTES;
 
