@@ -7,7 +7,7 @@ from typing import Any
 
 import jax
 import numpy as np
-from cases import gaussian, rows
+from cases import FORMATS, gaussian, rows
 from product import Product
 
 import marlin_cupy as mc
@@ -19,7 +19,7 @@ K, N = 200, 70
 @functools.cache
 def weight(name: str = "int4", group_size: int = 64, shape: tuple[int, int] = (K, N), seed: int = 1) -> Any:
     """Held by JAX."""
-    return mc.quantize(gaussian(*shape, seed=seed), name, group_size).to("jax")
+    return mc.quantize(gaussian(*shape, seed=seed), name, FORMATS[name].group(group_size)).to("jax")
 
 
 def on_host(array: np.ndarray) -> jax.Array:

@@ -11,6 +11,7 @@ from typing import Any
 import cupy
 import numpy
 import pytest
+from cases import FORMATS
 from typer.testing import CliRunner
 
 import marlin_cupy as mc
@@ -76,7 +77,8 @@ def test_demo_as_a_module() -> None:
 
 @pytest.mark.parametrize("format", formats.names())
 def test_demo_is_correct_for_every_format(format: str) -> None:
-    for sizes in (SMALL, ["--k", "130", "--n", "71", "--m", "1", "--group-size", "32"], [*SMALL, "--group-size", "-1"]):
+    one_group = ["--group-size", str(FORMATS[format].group(-1))]
+    for sizes in (SMALL, ["--k", "130", "--n", "71", "--m", "1", "--group-size", "32"], [*SMALL, *one_group]):
         output = run("demo", "--device", "cpu", "--format", format, *sizes)
         assert "correct" in output
         assert "times smaller" in output
@@ -106,7 +108,7 @@ def test_demo_notices_one_wrong_column(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.gpu
 @pytest.mark.parametrize("format", formats.names())
 def test_demo_on_a_gpu(format: str) -> None:
-    for sizes in ([], [*SMALL, "--group-size", "-1"]):
+    for sizes in ([], [*SMALL, "--group-size", str(FORMATS[format].group(-1))]):
         output = run("demo", "--device", "cuda", "--format", format, *sizes)
         assert "on cuda:0" in output
         assert "correct" in output
@@ -198,7 +200,7 @@ def test_bench_names_its_extra(monkeypatch: pytest.MonkeyPatch) -> None:
 # ---- refusals
 
 REFUSALS = {
-    "demo --format int3": "unknown format 'int3'; known formats are int4",
+    "demo --format int5": "unknown format 'int5'; known formats are int4",
     "demo --group-size 20": "group_size is 20",
     "demo --device tpu": "device is 'tpu'",
     "demo --device cuda:99": "cuda:99 ",
@@ -207,16 +209,16 @@ REFUSALS = {
     "compile --arch sm_75 --output {tmp}/new": "arch is 'sm_75'; known architectures are",
     "compile --arch sm_90 --output {tmp}/new": "arch is 'sm_90'; on such GPUs marlin_cupy looks for 'sm_90a'",
     "compile --arch sm_80a --output {tmp}/new": "arch is 'sm_80a'; on such GPUs marlin_cupy looks for 'sm_80'",
-    "compile --arch sm_80 --format int3 --output {tmp}/new": "unknown format 'int3'",
+    "compile --arch sm_80 --format int5 --output {tmp}/new": "unknown format 'int5'",
     "compile --arch sm_80 --dtype float32 --output {tmp}/new": "'float32'; use float16 or bfloat16",
     "compile --arch sm_80 --group-size 20 --output {tmp}/new": "group_size is 20",
     "compile --arch sm_80 --output {tmp}/file": "file",
     "tune --shape 4096x6144 --m 1": "shape is '4096x6144'; use NAME=KxN",
-    "tune --shape a=64x64 --m 1 --format int3": "unknown format 'int3'",
+    "tune --shape a=64x64 --m 1 --format int5": "unknown format 'int5'",
     "tune --shape a=64x64 --m 1 --dtype float32": "dtype is 'float32'",
     "bench --shape 4096x6144": "shape is '4096x6144'; use NAME=KxN",
     "bench --shape a=0x64": "shape is 'a=0x64'",
-    "bench --format int3": "unknown format 'int3'",
+    "bench --format int5": "unknown format 'int5'",
     "bench --dtype float32": "dtype is 'float32'",
     "bench --launch early": "launch is early; use plain or dependent",
     "bench --kernel sm91": "kernel is 'sm91'; use one of sm90_stream, sm90_wgmma, sm80_gemm",

@@ -27,7 +27,7 @@ K, N = 200, 70
 
 
 def weight(name: str = "int4", group_size: int = 64) -> mc.QuantizedTensor:
-    return mc.quantize(gaussian(K, N, seed=1), name, group_size)
+    return mc.quantize(gaussian(K, N, seed=1), name, FORMATS[name].group(group_size))
 
 
 def activations(M: int, dtype: str = "float16", columns: int = K) -> jax.Array:

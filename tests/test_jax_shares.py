@@ -85,11 +85,12 @@ def test_shares_that_were_quantized_alone(place: str, held: str, kind: AxisType)
 @pytest.mark.parametrize("place", ["columns", "rows"])
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
 def test_every_format(name: str, place: str, dtype: str) -> None:
-    dense = matrix(dtype)
+    dense, size = matrix(dtype), FORMATS[name].group(GROUP)
     w = from_shares(
-        like(place, name, scale_dtype=dtype), lambda rows, columns: mc.quantize(dense[rows, columns], name, GROUP)
+        like(place, name, size, scale_dtype=FORMATS[name].scale(size, dtype)),
+        lambda rows, columns: mc.quantize(dense[rows, columns], name, size),
     )
-    assert_same(w, shard(mc.quantize(dense, name, GROUP), mesh_of(place), PLACES[place][1]))
+    assert_same(w, shard(mc.quantize(dense, name, size), mesh_of(place), PLACES[place][1]))
 
 
 @every_place

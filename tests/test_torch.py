@@ -56,7 +56,7 @@ def float64(found: torch.Tensor) -> np.ndarray:
 
 
 def weight(name: str = "int4", group_size: int = 64, shape: tuple[int, int] = (K, N)) -> mc.QuantizedTensor:
-    return mc.quantize(gaussian(*shape, seed=1), name, group_size).to("torch")
+    return mc.quantize(gaussian(*shape, seed=1), name, FORMATS[name].group(group_size)).to("torch")
 
 
 def activations(M: int, dtype: str = "float16", columns: int = K) -> torch.Tensor:
