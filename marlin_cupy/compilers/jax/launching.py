@@ -182,7 +182,7 @@ def _plan_of(text: bytes, device: int) -> tuple[CudaPlan[Any], bool]:
 
 def _handle_dense(call: ffi.Call) -> None:
     plan, run = _run_of(call.text, call.device)
-    plan.enqueue(call.stream, call.operands[0], call.results[0], run)
+    plan.enqueue(call.stream, call.operands[0], call.operands[-1], call.results[0], run)
 
 
 @functools.lru_cache(maxsize=4096)
