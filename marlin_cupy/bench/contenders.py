@@ -18,7 +18,7 @@ from typing import Any, TypeVar
 import ml_dtypes
 import numpy
 
-from marlin_cupy import frameworks, kernels
+from marlin_cupy import formats, frameworks, kernels
 from marlin_cupy.api import matmul, problem_of
 from marlin_cupy.bench import read_floor
 from marlin_cupy.bench.shapes import Shape
@@ -123,7 +123,10 @@ class Ours(Contender):
         K, N = setup.shape.K, setup.shape.N
         weight = cupy.empty((K, N), dtype=numpy.float16)
         fill_normal(weight, FLOAT16, 1 / math.sqrt(K))
-        first = quantize(weight, setup.format, setup.group_size, **{"scale_dtype": setup.dtype, **setup.options})
+        format, group_size = formats.get(setup.format), setup.group_size
+        size = format.default_group_size if group_size is None else group_size
+        scale_dtype = format.checked_scale_dtype(None, setup.dtype, size)
+        first = quantize(weight, setup.format, size, **{"scale_dtype": scale_dtype, **setup.options})
         self.weights = self._cold(
             first, first.nbytes, lambda w: QuantizedTensor(w.spec, w.packed.copy(), output_scales=w.range_factors)
         )
