@@ -200,7 +200,7 @@ def test_bench_names_its_extra(monkeypatch: pytest.MonkeyPatch) -> None:
 # ---- refusals
 
 REFUSALS = {
-    "demo --format int5": "unknown format 'int5'; known formats are int4",
+    "demo --format int5": "unknown format 'int5'; known formats are fp8_e4m3",
     "demo --group-size 20": "group_size is 20",
     "demo --device tpu": "device is 'tpu'",
     "demo --device cuda:99": "cuda:99 ",
