@@ -63,6 +63,30 @@ struct ScaledWeights {
     }
 };
 
+// Values times a unit, a power of two that decodes in the fewest instructions, times their scale: rounded once. Scales carry
+// a factor that puts an output's largest at 2^14 to 2^15; `lifted`, a power of two, brings the product into the type's range.
+template <class T, class Values>
+struct ScaledUnits {
+    static constexpr bool needs_factors = true;
+    static constexpr float unit = Values::unit * Values::lifted;
+    u32 scale[2];  // of rows g and g + 8, in both halves
+
+    ScaledUnits() = default;
+    template <class Group>
+    __device__ ScaledUnits(const Group&, float scale_g, float scale_g8)
+        : scale{T::pack(scale_g * Values::lifted, scale_g * Values::lifted),
+                T::pack(scale_g8 * Values::lifted, scale_g8 * Values::lifted)} {}
+
+    static __device__ float undo(float factor) { return inverse_power(factor * unit); }
+
+    template <class Atom>
+    __device__ void decode(u32 (&a)[4], const Atom& atom, u32) const {
+        Values::pairs(a, atom);
+#pragma unroll
+        for (int p = 0; p < 4; ++p) a[p] = T::multiply(a[p], scale[p % 2]);
+    }
+};
+
 // Where the scale is one per output, which multiplies sums: weights are decoded and no more. What kernels know as an
 // output's factor is its scale.
 template <class Codec>
@@ -109,7 +133,7 @@ struct UnitProducts : ExactProducts<Codec> {
     template <class Atom>
     static __device__ void decode(u32 (&a)[4], const Atom& atom, const typename Codec::Group& group, u32 table) {
         if constexpr (keeps_unit)
-            Values::pairs(a, atom.template word<Slab::plane0>());
+            Values::pairs(a, atom);
         else
             Codec::decode(a, atom, group, table);
     }

@@ -17,7 +17,9 @@ struct Float4<Float16> {
     static constexpr u32 inverse_unit = 0x74007400u;  // 2^14
 
     // Nine instructions.
-    static __device__ void pairs(u32 (&a)[4], u32 word) {
+    template <class Atom>
+    static __device__ void pairs(u32 (&a)[4], const Atom& atom) {
+        const u32 word = atom.template word<Slab::plane0>();
         const u32 second = ((word << 7) & 0x80808080u) | ((word >> 3) & 0x0E0E0E0Eu);
         a[0] = word & 0x8E008E00u;
         a[1] = (word << 8) & 0x8E008E00u;
@@ -31,7 +33,9 @@ struct Float4<BFloat16> {
     static constexpr float unit = 0x1p-126f, lifted = 0x1p109f;
     static constexpr u32 inverse_unit = 0x7E807E80u;  // 2^126
 
-    static __device__ void pairs(u32 (&a)[4], u32 word) {
+    template <class Atom>
+    static __device__ void pairs(u32 (&a)[4], const Atom& atom) {
+        const u32 word = atom.template word<Slab::plane0>();
         constexpr u32 sign = 0x80008000u, magnitude = 0x01C001C0u;
         a[0] = (word & sign) | ((word >> 3) & magnitude);
         a[1] = ((word << 8) & sign) | ((word << 5) & magnitude);
@@ -40,37 +44,14 @@ struct Float4<BFloat16> {
     }
 };
 
-// Times the scale, which is exact: both are powers of two but for the code's three significant bits.
-template <class T>
-struct ScaledFloat4 {
-    static constexpr bool needs_factors = true;
-    static constexpr float unit = Float4<T>::unit * Float4<T>::lifted;
-    u32 scale[2];  // of rows g and g + 8, in both halves
-
-    ScaledFloat4() = default;
-    template <class Group>
-    __device__ ScaledFloat4(const Group&, float scale_g, float scale_g8)
-        : scale{T::pack(scale_g * Float4<T>::lifted, scale_g * Float4<T>::lifted),
-                T::pack(scale_g8 * Float4<T>::lifted, scale_g8 * Float4<T>::lifted)} {}
-
-    static __device__ float undo(float factor) { return inverse_power(factor * unit); }
-
-    template <class Atom>
-    __device__ void decode(u32 (&a)[4], const Atom& atom, u32) const {
-        Float4<T>::pairs(a, atom.template word<Slab::plane0>());
-#pragma unroll
-        for (int p = 0; p < 4; ++p) a[p] = T::multiply(a[p], scale[p % 2]);
-    }
-};
-
 template <class T>
 struct Codec : ScaleOnly {
-    using Scaled = ScaledFloat4<T>;
+    using Scaled = ScaledUnits<T, Float4<T>>;  // exact: scales are powers of two, codes have two significant bits
     using Products = UnitProducts<Codec, Float4<T>, T::narrow>;
 
     template <class Atom>
     static __device__ void decode(u32 (&a)[4], const Atom& atom, const Group&, u32) {
-        Float4<T>::pairs(a, atom.template word<Slab::plane0>());
+        Float4<T>::pairs(a, atom);
 #pragma unroll
         for (int p = 0; p < 4; ++p) a[p] = T::multiply(a[p], Float4<T>::inverse_unit);
     }
