@@ -55,6 +55,12 @@ def decoded(layout: Layout, packed: Any, n: int) -> Any:
     return values.reshape(-1, n)[: layout.K]
 
 
+def derived(spec: Spec, packed: Any) -> dict[str, Any]:
+    """The parts of a weight that follow from ``packed``, by name; NumPy, CuPy or JAX arrays."""
+    made = {"output_scales": spec.layout.range_factors}
+    return {name: made[name](packed) for name, part in spec.parts.items() if part.derived}
+
+
 def _grouped(columns: Any, layout: Layout, fill: int) -> Any:
     """(K, n) -> (groups, group_size, n), the last group filled up."""
     xp = namespace(columns)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 from dataclasses import dataclass
 from typing import Any
@@ -41,12 +42,24 @@ class Spec:
     group_size: int  # K per scale; -1: all of K
     scale_dtype: str
 
-    @property
+    # Every product asks for these, so that they are computed once; what is computed is not copied or pickled.
+
+    def __hash__(self) -> int:
+        return self._hash
+
+    @functools.cached_property
+    def _hash(self) -> int:
+        return hash((self.format, self.shape, self.group_size, self.scale_dtype))
+
+    def __reduce__(self) -> tuple[type[Spec], tuple[Any, ...]]:
+        return Spec, tuple(getattr(self, field.name) for field in dataclasses.fields(self))
+
+    @functools.cached_property
     def layout(self) -> Layout:
         """Where the codes sit."""
         return Layout(formats.get(self.format), *self.shape, self.group_size, self.scale_dtype)
 
-    @property
+    @functools.cached_property
     def parts(self) -> dict[str, Part]:
         """The arrays of such a weight, by name, in the order in which trees, files and operators hold them."""
         packed = self.layout.packed_shape

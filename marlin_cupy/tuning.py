@@ -230,7 +230,10 @@ class Rig:
             plan = kernels.plan(problem, each)
             reason = check(self._result(plan, x, y))
             if reason is None:
-                steps = [functools.partial(plan.multiply, frameworks.of(x), x, w, None, y, True) for w in self._weights]
+                steps = [
+                    functools.partial(plan.multiply, frameworks.of(x), x, w.placed, None, y, True)
+                    for w in self._weights
+                ]
                 graphs[each.key] = timing.prepare(timing.CupyRun(self._stream, steps, None), time, sampling)
             else:
                 wrong[each.key] = reason
@@ -249,7 +252,7 @@ class Rig:
     def _result(self, plan: Plan, x: Array, y: Array) -> Array:
         """float32 (M, N) of one launch over an output of NaN."""
         y.view(numpy.uint16).fill(_NAN_BITS)
-        plan.multiply(frameworks.of(x), x, self._weights[0], None, y, True)
+        plan.multiply(frameworks.of(x), x, self._weights[0].placed, None, y, True)
         return from_bits(y.view(numpy.uint16), self._dtype)
 
     def _expected(self, x: Array) -> Array:

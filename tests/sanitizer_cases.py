@@ -113,10 +113,10 @@ def check_kernels(format: str, dtype: str, only_every: int, names: list[str], tu
             x_gpu, bias_gpu = to_gpu(x[:M]), to_gpu(bias)
             for dependent in (False, True) if configuration.dependent else (False,):
                 out = cupy.asarray(np.full((M, N), _NAN, np.uint16)).view(DTYPES[dtype])
-                plan.multiply(frameworks.of(x_gpu), x_gpu, w, bias_gpu, out, False)
+                plan.multiply(frameworks.of(x_gpu), x_gpu, w.placed, bias_gpu, out, False)
                 if dependent:  # behind a launch, which it can overlap with
-                    plan.multiply(frameworks.of(x_gpu), x_gpu, w, bias_gpu, out, True)
-                    plan.multiply(frameworks.of(x_gpu), x_gpu, w, bias_gpu, out, True)
+                    plan.multiply(frameworks.of(x_gpu), x_gpu, w.placed, bias_gpu, out, True)
+                    plan.multiply(frameworks.of(x_gpu), x_gpu, w.placed, bias_gpu, out, True)
                 rounding = "" if is_exact(configuration) else kernel.name
                 case = f"{format} {dtype} {plan}, dependent={dependent}"
                 exact.check(to_host(out).astype(np.float64), dtype, format, gpu=True, kernel=rounding, case=case)
@@ -163,7 +163,7 @@ def check_dense() -> int:
         w, right = on_host.to("cuda"), on_host.dequantize("float32").T
         slabs = w.layout.packed_shape[1]
         for run in {range(slabs), range(slabs // 2, slabs), range(1)}:
-            found = dequantize.dense(frameworks.of(w.packed), w, w.spec, dtype, run)
+            found = dequantize.dense(frameworks.of(w.packed), w.placed, w.spec, dtype, run)
             values = to_host(found.base)[:, : found.shape[1]].astype(np.float32)
             expected = right[:, 128 * run.start : 128 * run.stop]
             bound = 1.01 * (ROUNDOFF[dtype] + ROUNDOFF["float16"]) * abs(expected) + 2.0**-24

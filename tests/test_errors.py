@@ -14,7 +14,7 @@ from cases import FORMATS, gaussian, rows
 from only_dlpack import OnlyDlpack
 
 import marlin_cupy as mc
-from marlin_cupy import device, formats, frameworks, tensor
+from marlin_cupy import device, formats, frameworks, packing
 from marlin_cupy.device import Device
 from marlin_cupy.jit import compile as jit_compile
 from marlin_cupy.spec import Spec
@@ -299,7 +299,7 @@ def test_a_machine_without_a_gpu_says_so(
     call: Callable[[Path], Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(device, "gpu_count", lambda: 0)
-    monkeypatch.setattr(tensor, "gpu_count", lambda: 0)
+    monkeypatch.setattr(packing, "gpu_count", lambda: 0)
     device.gpu.cache_clear()
     W.save(tmp_path / "w")
     with pytest.raises(mc.DeviceError, match=r"cuda:0 needs a CUDA GPU .* and there is none: ") as caught:

@@ -15,8 +15,8 @@ from typer.testing import CliRunner
 
 import marlin_cupy as mc
 from marlin_cupy import __main__ as cli
-from marlin_cupy import frameworks, kernels
-from marlin_cupy.api import plan_of, problem_of
+from marlin_cupy import frameworks, kernels, ready
+from marlin_cupy.api import problem_of
 from marlin_cupy.device import gpu
 from marlin_cupy.jit import cache, launch
 from marlin_cupy.jit import compile as jit_compile
@@ -46,7 +46,7 @@ def test_every_candidate_is_right(name: str, dtype: str) -> None:
             for candidate in kernels.candidates(problem):
                 out, guard = poisoned_with_guard(M, N, dtype)
                 rows = x[:M]
-                kernels.plan(problem, candidate).multiply(frameworks.of(rows), rows, w, None, out, True)
+                kernels.plan(problem, candidate).multiply(frameworks.of(rows), rows, w.placed, None, out, True)
                 product.check(
                     float64(out),
                     dtype,
@@ -73,7 +73,7 @@ def test_tune_finds_nothing_wrong_and_its_choice_is_used(cache_folder: Path, nam
             explained = mc.explain((row.M, 2048), "float16", each)
             assert explained.config == row.chosen.config
             assert explained.reason.startswith(f"mc.tune measured {row.chosen.us:.2f} us")
-            assert str(plan_of(each, row.M, "float16")) == row.chosen.config
+            assert str(ready.plan(problem_of(each, row.M, "float16"))) == row.chosen.config
         x = activations(row.M, 2048, "float16")
         product = Product(float64(x), float64(w.dequantize("float32")))
         product.check(
@@ -154,7 +154,7 @@ def test_warmup_takes_what_tune_found(cache_folder: Path) -> None:
     w = mc.quantize(weights(2048, 3000))
     chosen = mc.tune(w, 16, progress=False).rows[0].chosen
     mc.warmup(w, 16)
-    assert [str(plan) for key, plan in w.plans.items() if key[0] == 16] == [chosen.config]
+    assert str(ready.plan(problem_of(w, 16, "float16"))) == chosen.config
 
 
 def test_tuning_leaves_no_memory_behind(cache_folder: Path) -> None:

@@ -46,8 +46,17 @@ class Memory(StreamFramework):
     def pointer(self, array: Any) -> int:
         return int(array.pointer)
 
+    def index(self, array: Any) -> int:
+        return 0
+
+    def is_contiguous(self, array: Any) -> bool:
+        return bool(array.stride == array.shape[-1])
+
     def strides(self, array: Any) -> tuple[int, ...]:
         return array.stride, 1
+
+    def empty_like(self, array: Any, shape: tuple[int, ...]) -> Any:
+        return self.empty(shape, "float16", Device("cuda", 0))
 
     def empty(self, shape: tuple[int, ...], dtype: str, device: Device) -> Any:
         return SimpleNamespace(pointer=ALLOCATED, stride=shape[-1], shape=shape)

@@ -68,7 +68,7 @@ def same(a: torch.Tensor, b: torch.Tensor) -> bool:
 def operands(w: mc.QuantizedTensor, x: torch.Tensor, bias: torch.Tensor | None = None) -> tuple[Any, ...]:
     """Arguments of the operator."""
     spec = w.spec
-    return x, w.packed, None, bias, spec.format, *spec.shape, spec.group_size, spec.scale_dtype, False, True
+    return x, compiler.given(w.parts), bias, spec.format, *spec.shape, spec.group_size, spec.scale_dtype, False, True
 
 
 # ---- the operators
@@ -97,7 +97,7 @@ def test_opcheck(dtype: str, grad: bool) -> None:
     for arguments in (operands(w, x), operands(w, x, bias.requires_grad_(grad)), operands(w, x.detach()[None])):
         torch.library.opcheck(torch.ops.marlin_cupy.matmul, arguments)
     y = activations(3, dtype, N).requires_grad_(grad)
-    arguments = (y, w.packed, None, *operands(w, x)[4:9])
+    arguments = (y, compiler.given(w.parts), *operands(w, x)[3:8])
     torch.library.opcheck(torch.ops.marlin_cupy.matmul_transposed, arguments)
 
 
@@ -151,8 +151,8 @@ def test_gradients_from_dense_runs_are_put_side_by_side(run_bytes: int, monkeypa
     monkeypatch.setattr(dequantize, "dense", of_run)
     for y in (activations(6, columns=N).reshape(2, 3, N), activations(1, columns=N).expand(4, N)):
         spec = (w.format, *w.shape, w.group_size, w.scale_dtype)
-        found = compiler._transposed_cuda(y, w.packed, torch.ones(N), *spec)
-        expected = compiler._transposed_cpu(y, w.packed, None, *spec)
+        found = compiler._transposed_cuda(y, [w.packed, torch.ones(N)], *spec)
+        expected = compiler._transposed_cpu(y, [w.packed], *spec)
         torch.testing.assert_close(found, expected, rtol=2e-2, atol=2e-2)
 
 

@@ -17,7 +17,7 @@ import pytest
 from cases import FORMATS, GPUS, HALF, gaussian, rows
 
 import marlin_cupy as mc
-from marlin_cupy import api, device, kernels, progress, tuning
+from marlin_cupy import api, device, kernels, progress, ready, tuning
 from marlin_cupy.jit import cache, launch
 from marlin_cupy.kernels import Candidate, Problem, tuned
 from marlin_cupy.spec import Spec
@@ -261,17 +261,16 @@ def test_plans_of_every_weight_are_made_again_after_tuning(
     monkeypatch.setattr(kernels, "plan", plan)
     weights = [mc.quantize(gaussian(256, 192, seed)) for seed in range(2)]
     for w in weights * 3:
-        api.plan_of(w, 16, "float16")
-        api.plan_of(w, 1, "float16")
-    assert len(made) == 4
+        ready.plan(api.problem_of(w, 16, "float16"))
+        ready.plan(api.problem_of(w, 1, "float16"))
+    assert len(made) == 2
     asked = api.problem_of(weights[0], 16, "float16")
     slow = kernels.candidates(asked)[-1]
     tuned.remember(asked, {slow.key: 1.0})
     for w in weights * 3:
-        assert api.plan_of(w, 16, "float16") == str(slow)
-        assert len(w.plans) == 1 + (w.plans.keys() >= {(1, "float16", False, tuned.generation)})
-        api.plan_of(w, 1, "float16")
-    assert len(made) == 8
+        assert ready.plan(api.problem_of(w, 16, "float16")) == str(slow)
+        ready.plan(api.problem_of(w, 1, "float16"))
+    assert len(made) == 4
 
 
 # ---- tune
@@ -521,12 +520,10 @@ def test_warmup_compiles_each_kernel_once_and_fills_the_plans(
     weights = [mc.quantize(gaussian(2048, N, seed=1)) for N in (192, 192, 128)]
     count = mc.warmup(weights, (1, 2, 16, 64))
     assert count == len(set(loaded)) >= 3
-    for w in weights:
-        assert {(m, dtype) for m, dtype, *_ in w.plans} == {(m, "float16") for m in (1, 2, 16, 64)}
     loaded.clear()
     for w in weights:
         for m in (1, 2, 16, 64):
-            api.plan_of(w, m, "float16")
+            ready.plan(api.problem_of(w, m, "float16"))
     assert not loaded
     assert mc.warmup(iter(weights[:1]), 1, dtype="bfloat16") == 1
 
@@ -543,7 +540,6 @@ def test_warmup_passes_errors_on(cache_folder: Path, on_gpu: None, monkeypatch: 
 def test_warmup_of_weights_in_host_memory_has_nothing_to_compile() -> None:
     w = mc.quantize(gaussian(100, 63, seed=1))
     assert mc.warmup(w, [1, 5]) == 0
-    assert {key[0] for key in w.plans} == {1, 5}
     assert mc.warmup([], 1) == 0
 
 

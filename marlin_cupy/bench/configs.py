@@ -43,7 +43,9 @@ def measure() -> list[tuple[int, sm80_gemm.RatedConfig, float]]:
                 grid = sm80_gemm.grids(rated, m, weights[0].layout, properties, "float16")[0][1]
                 tiling = sm80_gemm.Tiling(rated.config, grid)
                 plan = sm80_gemm.KERNEL.plan(Problem(m, "float16", weights[0].spec, properties), tiling)
-                steps = [functools.partial(plan.multiply, frameworks.of(x), x, w, None, y, False) for w in weights]
+                steps = [
+                    functools.partial(plan.multiply, frameworks.of(x), x, w.placed, None, y, False) for w in weights
+                ]
                 graphs[str(number)] = prepare(CupyRun(stream, steps, None), time, sampling)
             for index, summary in interleave(graphs, time, sampling).items():
                 slab_ns = 1e3 * summary.median * properties.sm_count / (slabs_n * slabs_k)

@@ -146,7 +146,7 @@ class Ours(Contender):
                 problem_of(self.weights[0], m, self._setup.dtype, self._setup.batch_invariant), self._candidate(m)
             )
             steps = [
-                functools.partial(plan.multiply, frameworks.of(x), x, weight, None, y, dependent)
+                functools.partial(plan.multiply, frameworks.of(x), x, weight.placed, None, y, dependent)
                 for weight in self.weights
             ]
         return CupyRun(self._setup.stream, steps, functools.partial(_error, self._setup.dtype, x, y, self._dense))

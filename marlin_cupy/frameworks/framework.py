@@ -20,16 +20,20 @@ class Framework(ABC):
     takes_apart: ClassVar[bool] = False
 
     def meet(self, kind: type) -> None:
-        """Objects of a class with ``whole``, ``parts`` and ``of_parts`` hold arrays; called again and again."""
+        """Objects of a class with ``whole``, ``tree`` and ``of_tree`` hold arrays; called again and again."""
         return None
 
     @abstractmethod
     def device(self, array: Array) -> Device:
         """Where the memory of ``array`` is."""
 
-    @abstractmethod
     def dtype(self, array: Array) -> str:
-        """Name of the element type, as NumPy and ml_dtypes spell it: "float16", "bfloat16", ..."""
+        """Name of the element type, see :meth:`name_of`."""
+        return self.name_of(array.dtype)
+
+    def name_of(self, dtype: Any) -> str:
+        """A dtype as NumPy and ml_dtypes spell it: "float16", "bfloat16", ..."""
+        return str(dtype.name)
 
     def refuse_writing(self, array: Array, role: str) -> None:
         """TypeError or ValueError if ``array`` cannot be written in place."""
@@ -62,6 +66,14 @@ class StreamFramework(Framework):
     exclusive: ClassVar[bool] = False
 
     @abstractmethod
+    def index(self, array: Array) -> int:
+        """The number of the GPU that holds the array; -1 where none does."""
+
+    @abstractmethod
+    def is_contiguous(self, array: Array) -> bool:
+        """Whether elements follow one another in row-major order."""
+
+    @abstractmethod
     def pointer(self, array: Array) -> int:
         """Device address of the first element."""
 
@@ -72,6 +84,10 @@ class StreamFramework(Framework):
     @abstractmethod
     def empty(self, shape: tuple[int, ...], dtype: str, device: Device) -> Array:
         """Uninitialised array from the library's own allocator, safe while it captures a CUDA graph."""
+
+    @abstractmethod
+    def empty_like(self, array: Array, shape: tuple[int, ...]) -> Array:
+        """As :meth:`empty`, with the dtype and the device of ``array``."""
 
     @abstractmethod
     def stream(self, device: Device) -> int:

@@ -10,7 +10,6 @@ from typing import Any, ClassVar
 from marlin_cupy.device import Gpu
 from marlin_cupy.frameworks import Framework
 from marlin_cupy.spec import Spec
-from marlin_cupy.tensor import QuantizedTensor
 
 
 @dataclass(frozen=True)
@@ -69,9 +68,7 @@ class Plan(ABC):
     """A kernel made ready for one problem; ``str`` tells its configuration."""
 
     @abstractmethod
-    def multiply(
-        self, framework: Framework, x: Any, w: QuantizedTensor, bias: Any | None, out: Any | None, dependent: bool
-    ) -> Any:
+    def multiply(self, framework: Framework, x: Any, w: Any, bias: Any | None, out: Any | None, dependent: bool) -> Any:
         """``x @ w + bias`` for arrays of ``framework`` on the weight's device that have been checked.
 
         ``dependent`` allows a dependent launch; a kernel that has none ignores it.

@@ -36,8 +36,10 @@ def path() -> Path:
 
 def times(problem: Problem) -> dict[str, float]:
     """Microseconds by :attr:`Candidate.key` that were measured for ``problem``; empty where it was not tuned."""
+    if problem.gpu is None:
+        return {}
     rows = _known(path())
-    row = rows.get(_name(_identity(problem))) if rows and problem.gpu is not None else None
+    row = rows.get(_name(_identity(problem))) if rows else None
     if row is None or row["fingerprint"] != fingerprint():
         return {}
     return dict(row["us"])

@@ -9,19 +9,20 @@ from __future__ import annotations
 import dataclasses
 import functools
 import json
+from collections.abc import Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-from marlin_cupy import kernels, writes
+from marlin_cupy import kernels, ready
 from marlin_cupy.compilers.jax import ffi
 from marlin_cupy.compilers.jax.partitioning import manual_axes
-from marlin_cupy.device import Device, Gpu, cuda, gpu, gpu_count, gpu_of_arch
+from marlin_cupy.device import Device, Gpu, gpu, gpu_count, gpu_of_arch
 from marlin_cupy.errors import UnsupportedError
 from marlin_cupy.kernels import Candidate, Problem, dequantize, tuned
 from marlin_cupy.kernels.cuda import CudaConfiguration, CudaPlan
-from marlin_cupy.kernels.operands import PackedWeight, Rows, Stack
+from marlin_cupy.kernels.operands import Rows, Stack
 from marlin_cupy.layout import SLAB_K
 from marlin_cupy.spec import Spec
 
@@ -31,15 +32,13 @@ MATMUL, DENSE = TARGETS = "marlin_cupy_matmul", "marlin_cupy_dense"
 _USUAL_ARCH = "sm_90a"
 
 
-def gemm(
-    spec: Spec, batch_invariant: bool, x: Any, packed: Any, factors: Any, layer: Any | None, bias: Any | None
-) -> Any:
+def gemm(spec: Spec, batch_invariant: bool, x: Any, parts: Sequence[Any], layer: Any | None, bias: Any | None) -> Any:
     """``x @ W + bias`` as a call of :func:`_handle`.
 
     Args:
         spec: of the weight.
         x: [M, K], M > 0.
-        packed, factors: the weight and its range factors, or stacks of them.
+        parts: the arrays of the weight, all of Spec.parts in their order, or stacks of them.
         layer: which one of a stack, or None.
         bias: [N] or None.
     """
@@ -65,26 +64,26 @@ def gemm(
             "dtype": dtype,
             "batch_invariant": batch_invariant,
             "bias": bias is not None,
-            "layers": None if layer is None else packed.shape[0],
+            "layers": None if layer is None else parts[0].shape[0],
             "gpu": [problem.gpu.arch, problem.gpu.sm_count],
             "candidate": chosen.key,
         }
         if chosen.configuration.exchange_floats:
             results.append(_result((chosen.configuration.exchange_floats,), jnp.float32, x))
-    operands = [x, packed, factors, *(each for each in (bias, layer) if each is not None)]
+    operands = [x, *parts, *(each for each in (bias, layer) if each is not None)]
     call: Any = jax.ffi.ffi_call(MATMUL, results)
     return call(*operands, text=json.dumps(text, sort_keys=True))[0]
 
 
-def transposed(spec: Spec, dy: Any, packed: Any) -> Any:
+def transposed(spec: Spec, dy: Any, parts: Sequence[Any]) -> Any:
     """``dy @ W.T``: dense pieces of the weight, each of bounded size, and their products by XLA.
 
     Args:
         spec: of the weight.
         dy: [M, N], M > 0.
-        packed: the weight.
+        parts: the arrays of the weight.
     """
-    dtype = dy.dtype.name
+    packed, dtype = parts[0], dy.dtype.name
     pieces: list[Any] = []
     one_at_a_time: Any = jax.lax.optimization_barrier
     if gpu_count():
@@ -153,11 +152,13 @@ class _Lender:
 def _handle(call: ffi.Call) -> None:
     """Launch, plainly: XLA may have written the weight just before, a copy of a slice for instance."""
     plan, has_bias, layers = _plan_of(call.text, call.device)
-    x, packed, factors, *others = call.operands
-    K, N = plan.problem.spec.shape
+    spec = plan.problem.spec
+    x, *others = call.operands
+    parts, others = others[: len(spec.parts)], others[len(spec.parts) :]
+    K, N = spec.shape
     M = plan.problem.M
     stack = Stack() if layers is None else Stack(others[-1], layers)
-    weight = PackedWeight(packed, factors, cuda(call.device), writes.of_gpu(call.device), stack)
+    weight = ready.weight_at(parts, call.device, stack)
     bias = others[0] if has_bias else 0
     plan.enqueue(_Lender(call), Rows(x, K, M), weight, bias, Rows(call.results[0], N, M), False)
 
