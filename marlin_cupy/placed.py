@@ -30,6 +30,7 @@ class Placed:
         pointer, factors_pointer: device addresses of packed and output_scales, 0 in host memory.
         writes: the record of the GPU, see writes.py.
         ready: products by what x is, see ready.py.
+        handed: the same weight in the hands of other libraries, by their names, since the last write.
     """
 
     #: One weight, not several in one array.
@@ -54,6 +55,7 @@ class Placed:
         self.writes = writes.Writes() if self.device == CPU else writes.of_gpu(self.device.index)
         self.pointer, self.factors_pointer = (self._address(name) for name in ("packed", "output_scales"))
         self.ready: dict[Any, Ready] = {}
+        self.handed: dict[str, Any] = {}
         self.writes.mark()  # packed may have been filled a moment ago
 
     def _address(self, name: str) -> int:
@@ -96,7 +98,8 @@ class Placed:
             yield columns, values
 
     def refresh(self) -> None:
-        """Derive parts anew from ``packed``, in the same memory, since launches in graphs read it."""
+        """After a write: derive parts anew from ``packed``, in the same memory, since launches in graphs read it."""
+        self.handed.clear()  # what is handed over anew is ordered behind the write
         if any(part.derived and name in self.native for name, part in self.spec.parts.items()):
             with on(self.device):
                 for name, values in derived(self.spec, self.packed).items():

@@ -75,7 +75,9 @@ class QuantizedTensor:
         given = {name: None if array is None else _handed(framework, array, name) for name, array in parts.items()}
         given["packed"] = packed
         if not given.keys() <= spec.parts.keys():
-            raise TypeError(f"{', '.join(given)} were given; a {spec.format} weight has {', '.join(spec.parts)}.")
+            raise TypeError(
+                f"{', '.join(given)} were given; of {spec.format} weights there are {', '.join(spec.parts)}."
+            )
         for name, part in spec.parts.items():
             array = given.setdefault(name, None)
             if array is None and not part.derived:
@@ -282,6 +284,13 @@ class QuantizedTensor:
             native = {**derived(self.spec, native["packed"]), **native}
         kept = self._kept(device != CPU)
         return QuantizedTensor(self.spec, **{name: moved(native[name], device) for name in native if name in kept})
+
+    def in_hands_of(self, library: str) -> QuantizedTensor:
+        """As :meth:`to` where that shares memory, handed over once until the memory is written again."""
+        found = self.placed.handed.get(library)
+        if found is None:
+            found = self.placed.handed[library] = self.to(library)
+        return found
 
     def _kept(self, derived: bool) -> list[str]:
         """The parts that are there, with or without derived ones."""

@@ -197,6 +197,30 @@ def test_moving_to_numpy_shares_memory_and_to_jax_keeps_the_contents() -> None:
     np.testing.assert_array_equal(mc.matmul(x, in_jax), mc.matmul(x, w))
 
 
+def test_what_is_handed_over_once_is_handed_over_again_after_a_write() -> None:
+    w = mc.quantize(gaussian(200, 70, seed=14))
+    handed = w.in_hands_of("jax")
+    assert isinstance(handed.packed, jax.Array)
+    assert w.in_hands_of("jax") is handed
+    w.update_(gaussian(200, 70, seed=15))
+    assert_same_weight(w.in_hands_of("jax"), w)
+    handed = w.in_hands_of("jax")
+    w.mark_written()
+    assert w.in_hands_of("jax") is not handed
+
+
+def test_a_weight_is_a_tree_of_named_arrays() -> None:
+    w = mc.quantize(gaussian(200, 70, seed=14))
+    assert list(w.parts) == list(w.spec.parts) == ["packed", "output_scales"]
+    again = mc.QuantizedTensor.of_tree(w.whole, w.tree.values())
+    assert again.packed is w.packed
+    assert_same_weight(again, w)
+    with pytest.raises(TypeError, match="of int4 weights there are packed, output_scales"):
+        mc.QuantizedTensor(w.spec, w.packed, permutation=w.packed)
+    with pytest.raises(ValueError, match=r"output_scales is float32\(3,\); .* needs float32\(128,\)"):
+        mc.QuantizedTensor(w.spec, w.packed, output_scales=np.ones(3, np.float32))
+
+
 # ---- update_
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from abc import ABC, abstractmethod
 from typing import Any, ClassVar
 
@@ -9,6 +10,12 @@ from marlin_cupy.device import Device
 
 Array = Any  # an array of any library
 Native = Any  # a NumPy array in host memory or a CuPy array in GPU memory
+
+
+@functools.cache
+def _name_of(dtype: Any) -> str:
+    """NumPy makes it anew whenever it is asked."""
+    return str(dtype.name)
 
 
 class Framework(ABC):
@@ -33,7 +40,7 @@ class Framework(ABC):
 
     def name_of(self, dtype: Any) -> str:
         """A dtype as NumPy and ml_dtypes spell it: "float16", "bfloat16", ..."""
-        return str(dtype.name)
+        return _name_of(dtype)
 
     def refuse_writing(self, array: Array, role: str) -> None:
         """TypeError or ValueError if ``array`` cannot be written in place."""

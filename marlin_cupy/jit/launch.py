@@ -60,7 +60,8 @@ class Function:
     def _set(self, pointer: int, context: int, driver: Any, launch_ex: Any) -> None:
         """What a launch takes: the kernel, the primary context of its GPU, the driver's functions."""
         self._pointer, self._handle, self._context = pointer, ctypes.c_void_p(pointer), context
-        self._current_context, self._launch_plain, self._launch_ex = driver.ctxGetCurrent, driver.launchKernel, launch_ex
+        self._current_context = driver.ctxGetCurrent
+        self._launch_plain, self._launch_ex = driver.launchKernel, launch_ex
 
     def blocks_per_sm(self, threads: int) -> int:
         """How many blocks of this kernel one SM holds."""
@@ -109,7 +110,8 @@ class Function:
             if code != 0:
                 raise DeviceError(f"the GPU driver refused a dependent launch: {_error_name(code)}.")
         else:
-            self._launch_plain(self._pointer, blocks, 1, 1, threads, 1, 1, shared_bytes, stream, arguments.parameters, 0)
+            block, given = (threads, 1, 1), arguments.parameters
+            self._launch_plain(self._pointer, blocks, 1, 1, *block, shared_bytes, stream, given, 0)
 
     def launch_dependent(
         self,

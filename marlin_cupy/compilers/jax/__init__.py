@@ -39,8 +39,8 @@ class Weight(Protocol):
     def device(self) -> Device:
         """Where arrays that hold values are."""
 
-    def to(self, where: str) -> Weight:
-        """In another library."""
+    def in_hands_of(self, library: str) -> Weight:
+        """Handed over to another library."""
 
 
 def matmul(x: Array, w: Weight, bias: Array | None, batch_invariant: bool, dependent: bool) -> Array:
@@ -54,7 +54,7 @@ def matmul(x: Array, w: Weight, bias: Array | None, batch_invariant: bool, depen
     parts = tuple(_in_jax(x, w).parts.values())
     packed = parts[0]
     shape = tuple(packed.shape if layer is None else packed.shape[1:])
-    if shape != spec.layout.packed_shape:
+    if shape != spec.parts["packed"].shape:
         w.whole.of_part(shape)
         raise ValueError(
             f"packed has shape {shape}, a stack of weights; index it, w[i], or let jax.lax.scan take it apart."
@@ -71,7 +71,7 @@ def _in_jax(x: Array, w: Weight) -> Weight:
     if not isinstance(x, jax.core.Tracer) and FRAMEWORK.device(x) != w.device:
         where = FRAMEWORK.device(x)
         raise DeviceError(f"x is on {where} and the weight on {w.device}; move one, for instance w.to({str(where)!r}).")
-    return w if w.device == CPU else w.to("jax")
+    return w if w.device == CPU else w.in_hands_of("jax")
 
 
 def _checked_layer(layer: Any, layers: int) -> Array:
