@@ -20,6 +20,7 @@ import marlin_cupy as mc
 from marlin_cupy import api, device, kernels, progress, ready, tuning
 from marlin_cupy.jit import cache, launch
 from marlin_cupy.kernels import Candidate, Problem, tuned
+from marlin_cupy.placed import Placed
 from marlin_cupy.spec import Spec
 
 H200 = dataclasses.replace(GPUS["sm_90a"], name="NVIDIA H200", memory_gbs=4916.0)
@@ -444,10 +445,8 @@ def test_the_rig_times_what_is_right_and_reports_what_is_not(
         def __init__(self, candidate: Candidate) -> None:
             self.factor = 2 if candidate.key == wrong.key else 1
 
-        def multiply(
-            self, framework: Any, x: Any, w: mc.QuantizedTensor, bias: None, out: Any, dependent: bool
-        ) -> None:
-            values = w.dequantize("float32") * self.factor
+        def multiply(self, framework: Any, x: Any, w: Placed, bias: None, out: Any, dependent: bool) -> None:
+            values = np.concatenate([values for _, values in w.blocks()], axis=1) * self.factor
             out[...] = (x.astype(np.float32) @ values).astype(out.dtype)
 
     monkeypatch.setattr(kernels, "plan", lambda asked, candidate: Multiplies(candidate))
