@@ -328,7 +328,7 @@ def test_a_weight_that_every_device_has() -> None:
 def test_shares_are_a_tree_like_the_whole() -> None:
     x, w, _, _ = placed("columns")
     specs = partition_specs(whole(), LINE(), P(None, "model"))
-    assert (specs.packed, specs.range_factors) == (P("model", None, None), P("model"))
+    assert (specs.packed, specs.output_scales) == (P("model", None, None), P("model"))
     assert jax.tree.structure(specs, is_leaf=lambda leaf: isinstance(leaf, PartitionSpec)) == jax.tree.structure(w)
     assert "packed=uint8(4, 4, 4352)" in repr(w)
     assert "K=512, N=256" in repr(specs)
@@ -345,7 +345,7 @@ def of_shares(x: np.ndarray) -> jax.Array:
     w = weight("int4", 192, (768, 64))
 
     def on_each(x: jax.Array, packed: jax.Array) -> jax.Array:
-        return jax.lax.psum(x @ mc.QuantizedTensor.of_parts(w.spec, (packed, None, None)), "model")
+        return jax.lax.psum(x @ mc.QuantizedTensor.of_parts(w.spec, {"packed": packed}), "model")
 
     in_specs = P(None, "model"), P(None, "model")
     return jax.shard_map(on_each, mesh=mesh(model=3), in_specs=in_specs, out_specs=P())(x, np.asarray(w.packed))

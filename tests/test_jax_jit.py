@@ -282,7 +282,7 @@ def test_stacks_are_made_of_weights_from_anywhere() -> None:
     assert made.spec == layers()[0].spec
     x = activations((5, K))
     check(x @ made[1], x, layers()[1])
-    assert same(made.range_factors[1], layers()[1].range_factors)
+    assert same(made.output_scales[1], layers()[1].output_scales)
 
 
 # ---- weights as trees of arrays
@@ -294,7 +294,7 @@ def test_trees() -> None:
     assert [(each.shape, each.dtype.name) for each in leaves] == [((2, 2, 4352), "uint8"), ((128,), "float32")]
     check(x @ jax.tree.unflatten(structure, leaves), x, w)
     paths = jax.tree_util.tree_flatten_with_path({"up": w})[0]
-    assert [jax.tree_util.keystr(path) for path, _ in paths] == ["['up'].packed", "['up'].range_factors"]
+    assert [jax.tree_util.keystr(path) for path, _ in paths] == ["['up'].packed", "['up'].output_scales"]
     assert jax.tree.structure(w) == jax.tree.structure(layers()[0])
     assert jax.tree.structure(w) != jax.tree.structure(weight("nf4"))
     doubled = jax.tree.map(lambda *parts: jnp.stack(parts), w, w)
@@ -432,7 +432,7 @@ def test_what_is_printed() -> None:
 def of_share(x: jax.Array) -> jax.Array:
     """With half of the inputs, as a device of a mesh would have it, which ends inside a group."""
     w = weight("int4", 192, (256, 64))
-    return x @ mc.QuantizedTensor.of_parts(w.spec, (w.packed[:, :1], w.range_factors, None))
+    return x @ mc.QuantizedTensor.of_parts(w.spec, {**w.parts, "packed": w.packed[:, :1]})
 
 
 REFUSALS: dict[str, tuple[Callable[[Any, Any], Any], type[Exception], list[str]]] = {

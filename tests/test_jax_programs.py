@@ -421,7 +421,7 @@ def test_addresses_go_where_they_belong(monkeypatch: pytest.MonkeyPatch) -> None
             lent = launcher.stream(w.device), launcher.pointer(launcher.empty((7,), "float32", w.device))
             launches.append((x, w[:2], w.device.index, w.layer_pointer, bias, y, dependent, lent))
 
-    monkeypatch.setattr(launching.writes, "of_gpu", lambda index: None)
+    monkeypatch.setattr(launching.ready.writes, "of_gpu", lambda index: None)
     for has_bias, layers in ((True, 4), (True, None), (False, 4), (False, None)):
         monkeypatch.setattr(launching, "_plan_of", lambda text, device: (Plan(layers), has_bias))  # noqa: B023
         operands = [10, 20, 30] + [40] * has_bias + [50] * (layers is not None)

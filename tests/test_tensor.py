@@ -102,7 +102,7 @@ def test_groups_longer_than_the_weight_are_one_group(name: str) -> None:
     weight = gaussian(100, 65, seed=7)
     one_group = mc.quantize(weight, name, -1)
     for group_size in (112, 128, 4096, 16 << 40):
-        w = mc.quantize(weight, name, group_size)
+        w = mc.quantize(weight, name, group_size, scale_dtype=one_group.scale_dtype)
         assert w.unpack().scales.shape == (1, 65)
         np.testing.assert_array_equal(w.dequantize("float32"), one_group.dequantize("float32"))
 
@@ -236,6 +236,30 @@ def test_moving_to_numpy_shares_memory_and_to_jax_keeps_the_contents() -> None:
     assert isinstance(in_jax.dequantize(), jax.Array)
     x = rows((3, 200), 15, "float16")
     np.testing.assert_array_equal(mc.matmul(x, in_jax), mc.matmul(x, w))
+
+
+def test_what_is_handed_over_once_is_handed_over_again_after_a_write() -> None:
+    w = mc.quantize(gaussian(200, 70, seed=14))
+    handed = w.in_hands_of("jax")
+    assert isinstance(handed.packed, jax.Array)
+    assert w.in_hands_of("jax") is handed
+    w.update_(gaussian(200, 70, seed=15))
+    assert_same_weight(w.in_hands_of("jax"), w)
+    handed = w.in_hands_of("jax")
+    w.mark_written()
+    assert w.in_hands_of("jax") is not handed
+
+
+def test_a_weight_is_a_tree_of_named_arrays() -> None:
+    w = mc.quantize(gaussian(200, 70, seed=14))
+    assert list(w.parts) == list(w.spec.parts) == ["packed", "output_scales"]
+    again = mc.QuantizedTensor.of_tree(w.whole, w.tree.values())
+    assert again.packed is w.packed
+    assert_same_weight(again, w)
+    with pytest.raises(TypeError, match="of int4 weights there are packed, output_scales"):
+        mc.QuantizedTensor(w.spec, w.packed, permutation=w.packed)
+    with pytest.raises(ValueError, match=r"output_scales is float32\(3,\); .* needs float32\(128,\)"):
+        mc.QuantizedTensor(w.spec, w.packed, output_scales=np.ones(3, np.float32))
 
 
 # ---- update_

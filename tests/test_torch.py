@@ -30,6 +30,7 @@ from marlin_cupy.timing import Summary
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")  # of its own import
     import torch
+    from torch.utils._python_dispatch import TorchDispatchMode
 
     from marlin_cupy.bench import report, stack, torch_stack
     from marlin_cupy.compilers import torch as compiler
@@ -70,7 +71,7 @@ def same(a: torch.Tensor, b: torch.Tensor) -> bool:
 def operands(w: mc.QuantizedTensor, x: torch.Tensor, bias: torch.Tensor | None = None) -> tuple[Any, ...]:
     """Arguments of the operator."""
     spec = w.spec
-    return x, w.packed, None, bias, spec.format, *spec.shape, spec.group_size, spec.scale_dtype, False, True
+    return x, compiler.given(w.parts), bias, spec.format, *spec.shape, spec.group_size, spec.scale_dtype, False, True
 
 
 # ---- the operators
@@ -99,8 +100,46 @@ def test_opcheck(dtype: str, grad: bool) -> None:
     for arguments in (operands(w, x), operands(w, x, bias.requires_grad_(grad)), operands(w, x.detach()[None])):
         torch.library.opcheck(torch.ops.marlin_cupy.matmul, arguments)
     y = activations(3, dtype, N).requires_grad_(grad)
-    arguments = (y, w.packed, None, *operands(w, x)[4:9])
+    arguments = (y, compiler.given(w.parts), *operands(w, x)[3:8])
     torch.library.opcheck(torch.ops.marlin_cupy.matmul_transposed, arguments)
+
+
+# ---- eager products: without PyTorch's dispatcher, unless something follows
+
+
+def test_modes_see_the_operator() -> None:
+    seen: list[str] = []
+
+    class Log(TorchDispatchMode):
+        def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            seen.append(str(function))
+            return function(*args, **(kwargs or {}))
+
+    w, x = weight(), activations(3)
+    layer = Linear.from_quantized(w)
+    right = [mc.matmul(x, w), layer(x)]
+    with Log():
+        found = [mc.matmul(x, w), layer(x)]
+    assert seen.count("marlin_cupy.matmul.default") == 2
+    assert all(map(same, found, right))
+
+
+def test_a_transformation_of_torch_func_meets_the_operator() -> None:
+    w, x = weight(), activations(6).reshape(2, 3, K)
+    with pytest.raises(RuntimeError, match="Batching rule not implemented for marlin_cupy::matmul"):
+        torch.func.vmap(lambda x: mc.matmul(x, w))(x)
+
+
+def test_a_layer_notices_other_memory() -> None:
+    x, first, second = activations(3), weight(), mc.quantize(gaussian(K, N, seed=2), "int4", 64).to("torch")
+    layer = Linear.from_quantized(mc.QuantizedTensor(first.spec, first.packed.clone()))
+    assert same(layer(x), mc.matmul(x, first))
+    layer.packed.data = second.packed.data
+    assert same(layer(x), mc.matmul(x, second))
+    layer.packed = first.packed
+    assert same(layer(x), mc.matmul(x, first))
+    copy_of_it = copy.deepcopy(layer)
+    assert same(copy_of_it(x), layer(x))
 
 
 # ---- gradients
@@ -158,8 +197,8 @@ def test_gradients_from_dense_runs_are_put_side_by_side(run_bytes: int, monkeypa
     monkeypatch.setattr(kernels.DEQUANTIZE, "ready", Plan)
     for y in (activations(6, columns=N).reshape(2, 3, N), activations(1, columns=N).expand(4, N)):
         spec = (w.format, *w.shape, w.group_size, w.scale_dtype)
-        found = compiler._transposed_cuda(y, w.packed, torch.ones(N), *spec)
-        expected = compiler._transposed_cpu(y, w.packed, None, *spec)
+        found = compiler._transposed_cuda(y, [w.packed, torch.ones(N)], *spec)
+        expected = compiler._transposed_cpu(y, [w.packed], *spec)
         torch.testing.assert_close(found, expected, rtol=2e-2, atol=2e-2)
 
 
