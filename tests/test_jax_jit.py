@@ -20,7 +20,7 @@ from cases import FORMATS, HALF, gaussian, rows
 from jax_arrays import K, N, activations, check, check_gradient, check_sum, float64, weight
 
 import marlin_cupy as mc
-from marlin_cupy.integrations.jax import stack
+from marlin_cupy.integrations.jax import abstract, stack
 
 every_format = pytest.mark.parametrize("name", FORMATS)
 every_dtype = pytest.mark.parametrize("dtype", HALF)
@@ -236,6 +236,24 @@ def test_scan_over_slices_and_over_layers_in_place(name: str) -> None:
     for program in (sliced, in_place):
         for one, y, w in zip(*jax.jit(program)(x, stacked(name, (K, K))), weights, strict=True):
             check(y, one, w, case=program.__name__)
+
+
+def test_scales_of_outputs_are_a_part_of_stacks_and_trees() -> None:
+    weights = [weight("fp8_e4m3", -1, seed=seed) for seed in range(LAYERS)]
+    together, x = stack(weights), activations((5, K))
+    assert together.output_scales is not None
+    assert together.output_scales.shape == (LAYERS, 128)
+    in_place = jax.jit(lambda x, w: jax.lax.map(lambda layer: x @ w[layer], jnp.arange(LAYERS)))(x, together)
+    batched = jax.jit(jax.vmap(lambda w: x @ w))(together)
+    dx = jax.vmap(jax.grad(lambda x, w: total(x @ w)), (None, 0))(x, together)
+    for layer, w in enumerate(weights):
+        for y in (in_place[layer], batched[layer], mc.matmul(x, together[layer])):
+            check(y, x, w)
+        check_gradient(dx[layer], jnp.ones((5, N), x.dtype), w)
+    shapes = abstract(jax.ShapeDtypeStruct((K, N), jnp.float32), "fp8_e4m3", -1)
+    assert jax.tree.structure(shapes) == jax.tree.structure(weights[0])
+    for shape, part in zip(jax.tree.leaves(shapes), jax.tree.leaves(weights[0]), strict=True):
+        assert (shape.shape, shape.dtype) == (part.shape, part.dtype)
 
 
 def test_gradients_through_a_scan() -> None:

@@ -11,6 +11,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import jax
@@ -227,6 +228,25 @@ def test_gradients_are_of_the_weight_in_place() -> None:
     assert calls(program) == []  # of a linear function nobody needs the value
     program = lowered(lambda x, w: jax.value_and_grad(lambda x: (x @ w).astype(jnp.float32).sum())(x), x, w)
     assert len(calls(program)) == 1
+
+
+@pytest.mark.parametrize(("name", "group_size"), [("int4", 64), ("fp8_e4m3", 64), ("fp8_e4m3", -1)])
+def test_a_gradient_takes_the_parts_that_hold_values(name: str, group_size: int) -> None:
+    w, x = weight(name, group_size), activations((5, K))
+    program = lowered(lambda x, dy: jax.vjp(lambda x: x @ w, x)[1](dy), x, activations((5, N)))
+    (call,) = [line for line in program.splitlines() if "@marlin_cupy_dense" in line]
+    operands = re.findall(r"tensor<(.*?)>", call.rpartition(" : ")[2].split(" -> ")[0])
+    assert operands[0].endswith("xui8")
+    assert operands[1:] == (["128xf32"] if group_size == -1 else [])
+
+
+@pytest.mark.parametrize("scales", [[], [30]])
+def test_addresses_of_a_gradient_go_where_they_belong(scales: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
+    launches: list[tuple[Any, ...]] = []
+    plan = SimpleNamespace(enqueue=lambda *arguments: launches.append(arguments))
+    monkeypatch.setattr(launching, "_run_of", lambda text, device: (plan, range(2, 3)))
+    launching._handle_dense(ffi.Call(b"", [20, *scales], [60], 80, 1))
+    assert launches == [(80, 20, *(scales or [0]), 60, range(2, 3))]
 
 
 def test_one_program_for_both_platforms() -> None:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import os
+import pickle
 import struct
 import tracemalloc
 from pathlib import Path
@@ -36,6 +38,8 @@ def jax_on_cpu(array: np.ndarray) -> jax.Array:
 def assert_same_weight(found: mc.QuantizedTensor, expected: mc.QuantizedTensor) -> None:
     assert found.spec == expected.spec
     np.testing.assert_array_equal(np.asarray(found.packed), np.asarray(expected.packed))
+    if formats.get(expected.format).has_output_scales(expected.group_size):
+        np.testing.assert_array_equal(np.asarray(found.unpack().scales), np.asarray(expected.unpack().scales))
 
 
 # ---- quantize and dequantize
@@ -262,13 +266,21 @@ def test_a_weight_is_a_tree_of_named_arrays() -> None:
         mc.QuantizedTensor(w.spec, w.packed, output_scales=np.ones(3, np.float32))
 
 
+@every_format
+def test_copies_and_pickles_are_the_same_weight(name: str) -> None:
+    w = mc.quantize(gaussian(200, 70, seed=14), name)
+    for same in (w.to("numpy"), w.to("cpu"), w.to("jax").to("numpy"), copy.deepcopy(w), pickle.loads(pickle.dumps(w))):
+        assert_same_weight(same, w)
+        np.testing.assert_array_equal(same.dequantize("float32"), w.dequantize("float32"))
+
+
 # ---- update_
 
 
-@every_format
+@every_group(-1, 64)
 @pytest.mark.parametrize("search", ["absmax", "mse"])
-def test_update_writes_into_the_same_memory(name: str, search: str) -> None:
-    size = FORMATS[name].group(64)
+def test_update_writes_into_the_same_memory(name: str, group_size: int, search: str) -> None:
+    size = group_size
     w = mc.quantize(gaussian(200, 70, seed=16), name, size)
     address = w.packed.ctypes.data
     other = gaussian(200, 70, seed=17)
@@ -582,10 +594,7 @@ def test_saving_over_a_folder_fails_and_leaves_nothing(tmp_path: Path) -> None:
 # ---- shards
 
 
-@pytest.mark.parametrize(
-    ("name", "group_size"),
-    dict.fromkeys(way[:2] for way in ways(-1, 16, 96, 128, 384) if way[1] not in FORMATS[way[0]].output_scales),
-)
+@every_group(-1, 16, 96, 128, 384)
 def test_cut_weights_are_the_cut_matrix(name: str, group_size: int) -> None:
     w = mc.quantize(gaussian(900, 200, seed=1), name, group_size)
     dense = w.dequantize("float32")

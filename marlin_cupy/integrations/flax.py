@@ -39,7 +39,7 @@ class Linear(nnx.Module):
 
     Attributes:
         packed: variable, uint8 (ceil(N / 64), ceil(K / 128), slab_bytes).
-        output_scales: variable, float32 per output, made from ``packed``. (A variable for each of Spec.parts.)
+        output_scales: variable, float32 per output, see Spec.parts, each of which has a variable.
         bias: nnx.Param [N] or None.
         spec: what ``packed`` holds.
         dtype: as given.

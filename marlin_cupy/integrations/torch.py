@@ -26,6 +26,7 @@ from marlin_cupy.integrations import replacing
 from marlin_cupy.integrations.replacing import Filter, Place, Report, free_cupy_memory, replace
 from marlin_cupy.placed import Placed
 from marlin_cupy.quantizing import quantize
+from marlin_cupy.scalars import HALF_NAMES
 from marlin_cupy.spec import Spec
 from marlin_cupy.tensor import QuantizedTensor
 
@@ -48,13 +49,13 @@ class Linear(torch.nn.Module):
     Args:
         in_features, out_features: K and N.
         bias: whether there is one.
-        format, group_size, scale_dtype: as in :func:`marlin_cupy.quantize`; the scale dtype is that of bias if None.
+        format, group_size, scale_dtype: as in :func:`marlin_cupy.quantize` of a weight of ``dtype``.
         device, dtype: where it is, and the dtype of bias; PyTorch's current device, and float16, if None.
 
     Attributes:
         packed: uint8 buffer (ceil(N / 64), ceil(K / 128), slab_bytes), zeros until something is loaded.
-        output_scales: float32 buffer on a GPU, made from ``packed`` and not saved; None elsewhere. Each of Spec.parts
-            has a buffer.
+        output_scales: float32 buffer. Of a format that has such scales it is saved; else it is made from ``packed`` on
+            a GPU, and None elsewhere. Each of Spec.parts has a buffer.
         bias: parameter [N] or None.
         spec: what ``packed`` holds.
         batch_invariant: as in :func:`marlin_cupy.matmul`; False.
@@ -78,13 +79,22 @@ class Linear(torch.nn.Module):
     ) -> None:
         dtype = dtype or torch.float16
         shape = in_features, out_features
-        spec = Spec.checked(format, shape, group_size, scale_dtype, like=str(dtype).removeprefix("torch."))
+        like = str(dtype).removeprefix("torch.")
+        if scale_dtype is None and like not in HALF_NAMES:
+            raise ValueError(
+                f"dtype is {like} and scale_dtype was not given; use {' or '.join(HALF_NAMES)} for either."
+            )
+        spec = Spec.checked(format, shape, group_size, scale_dtype, like=like)
+        self._set_zeros(spec, dtype if bias else None, device)
+
+    def _set_zeros(self, spec: Spec, bias: torch.dtype | None, device: torch.device | str | None) -> None:
+        """What something can be loaded into; ``bias`` is its dtype."""
         parts: dict[str, torch.Tensor] = {
             name: torch.zeros(spec.parts[name].shape, dtype=getattr(torch, spec.parts[name].dtype), device=device)
             for name in kept(spec)
         }
-        values = torch.nn.Parameter(torch.zeros(out_features, dtype=dtype, device=device)) if bias else None
-        self._set(spec, parts, values)
+        zeros = None if bias is None else torch.nn.Parameter(torch.zeros(spec.shape[1], dtype=bias, device=device))
+        self._set(spec, parts, zeros)
         self.mark_written()
 
     def _set(
@@ -500,15 +510,9 @@ def load_quantized_(
 
 def _empty(spec: Spec, bias: torch.Tensor | None, device: torch.device) -> Linear:
     """A layer to load into."""
-    return Linear(
-        *spec.shape,
-        bias is not None,
-        format=spec.format,
-        group_size=spec.group_size,
-        scale_dtype=spec.scale_dtype,
-        device=device,
-        dtype=None if bias is None else bias.dtype,
-    )
+    layer = Linear.__new__(Linear)
+    layer._set_zeros(spec, None if bias is None else bias.dtype, device)
+    return layer
 
 
 def _named(model: torch.nn.Module) -> dict[str, torch.nn.Module]:
