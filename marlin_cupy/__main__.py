@@ -36,10 +36,10 @@ from marlin_cupy.device import (
     on,
 )
 from marlin_cupy.errors import CompileError, MissingDependencyError
-from marlin_cupy.formats.scalars import FLOAT16, HALF_DTYPES, ROUNDOFF
 from marlin_cupy.jit import cache
 from marlin_cupy.jit import compile as nvrtc
 from marlin_cupy.kernels import Operand, Problem
+from marlin_cupy.scalars import F16, HALF_NAMES
 from marlin_cupy.spec import Spec
 from marlin_cupy.tensor import QuantizedTensor
 
@@ -112,9 +112,9 @@ def info() -> None:
         _print_line(f"GPU: none. {no_gpu('A weight on a GPU')}")
 
     table = Table("weight on", "kernel", "serves it", title=f"int4 {_K} x {_N}, float16 activations, M = {_M}")
-    spec = Spec("int4", (_K, _N), formats.get("int4").default_group_size, FLOAT16)
+    spec = Spec("int4", (_K, _N), formats.get("int4").default_group_size, F16.name)
     for place in (None, *gpus):
-        for name, reason in kernels.GEMM.refusals(Problem(_M, Operand(FLOAT16), spec, FLOAT16, place)).items():
+        for name, reason in kernels.GEMM.refusals(Problem(_M, Operand(F16.name), spec, F16.name, place)).items():
             table.add_row("cpu" if place is None else f"cuda:{place.index}", name, f"no: {reason}" if reason else "yes")
     console.print(table)
 
@@ -181,7 +181,7 @@ def demo(
     table.add_row("weight packed", f"{w.nbytes / 1e6:.3g} MB, {weight.nbytes / w.nbytes:.2f} times smaller")
     table.add_row("error of the packed weight", f"{weight_error:.2e} relative to the original")
     table.add_row("error of the product", f"{error:.2e} relative to float64")
-    table.add_row("its bound", f"{bound:.2e}; one rounding to float16 is {ROUNDOFF[FLOAT16]:.2e}")
+    table.add_row("its bound", f"{bound:.2e}; one rounding to float16 is {F16.roundoff:.2e}")
     on_gpu = place != CPU
     table.add_row("quantize", _time(quantize_ms))
     table.add_row("multiply, first call", _time(first_ms) + (", kernel built or read from disk" if on_gpu else ""))
@@ -195,7 +195,7 @@ def demo(
 
 def _errors(x: Any, weight: Any, w: QuantizedTensor, y: Any) -> tuple[float, float, float]:
     """Relative errors in the Frobenius norm, a run of columns at a time: (of y, its bound, of the quantized weight)."""
-    problem = problem_of(w, x.shape[0], FLOAT16)
+    problem = problem_of(w, x.shape[0], F16.name)
     rounding = kernels.GEMM.rounding(problem, kernels.GEMM.choose(problem))
     exact_x = x.astype(numpy.float64)
     y_error = y_size = bound = weight_error = weight_size = 0.0
@@ -287,15 +287,17 @@ def compile_bundle(
 def variants(
     format_names: Iterable[str] | None, group_size: int | None, dtypes: Iterable[str] | None, target: Gpu
 ) -> list[tuple[str, str]]:
-    """(name, source) of every kernel that weights can need on ``target``, with scales in the dtype of the activations.
+    """(name, source) of every kernel that weights can need on ``target``.
 
+    Their scales have the dtype of the activations, where the format can have such.
     All formats, the default group size of each and both dtypes where None.
     """
-    smallest = numpy.zeros((1, 1), dtype=numpy.float32)
     found: dict[tuple[str, str], None] = {}  # candidates for different M can shrink to the same kernel
     for name in format_names or formats.names():
-        for dtype in dtypes or HALF_DTYPES:
-            spec = mc.quantize(smallest, name, group_size, scale_dtype=dtype).spec  # checks the names and the size
+        for dtype in dtypes or HALF_NAMES:
+            if dtype not in HALF_NAMES:
+                raise ValueError(f"dtype is {dtype!r}; use {' or '.join(HALF_NAMES)}.")
+            spec = Spec.checked(name, (1, 1), group_size, like=dtype)  # checks the name and the size
             found |= dict.fromkeys(kernels.variants(spec, dtype, target))
     return list(found)
 
@@ -324,7 +326,7 @@ def tune(
     m: Annotated[list[int], typer.Option(min=1, help="Rows of x, repeatable.")],
     format: Annotated[str, typer.Option(help="Weight format.")] = "int4",
     group_size: GroupSize = None,
-    dtype: Annotated[str, typer.Option(help="Dtype of activations and scales.")] = FLOAT16,
+    dtype: Annotated[str, typer.Option(help="Dtype of activations and scales.")] = F16.name,
 ) -> None:
     """Time the kernels for layers of these shapes on this machine's GPU, and use the fastest from now on.
 
@@ -332,16 +334,17 @@ def tune(
     """
     layers = [shapes.parse(text) for text in shape]
     formats.get(format)
-    if dtype not in HALF_DTYPES:
-        raise ValueError(f"dtype is {dtype!r}; use {' or '.join(HALF_DTYPES)}.")
+    if dtype not in HALF_NAMES:
+        raise ValueError(f"dtype is {dtype!r}; use {' or '.join(HALF_NAMES)}.")
     if gpu_count() == 0:
         _print_line(no_gpu("Tuning"))
         raise typer.Exit(1)
     wrong = False
     for layer in layers:
         weight = import_cupy("tuning").empty((layer.K, layer.N), dtype=numpy.float16)
-        fill_normal(weight, FLOAT16, 1 / math.sqrt(layer.K))
-        w = mc.quantize(weight, format, group_size, scale_dtype=dtype)
+        fill_normal(weight, F16.name, 1 / math.sqrt(layer.K))
+        spec = Spec.checked(format, weight.shape, group_size, like=dtype)
+        w = mc.quantize(weight, format, group_size, scale_dtype=spec.scale_dtype)
         del weight
         found = mc.tune(w, m)
         _show_tuning(layer.name, found)
@@ -377,7 +380,7 @@ def bench(
     m: Annotated[list[int] | None, typer.Option(min=1, help="Rows of x, repeatable; 1 to 4096 if not given.")] = None,
     format: Annotated[list[str] | None, typer.Option(help="Weight format, repeatable; int4 if not given.")] = None,
     group_size: GroupSize = None,
-    dtype: Annotated[str, typer.Option(help="Dtype of activations and scales.")] = FLOAT16,
+    dtype: Annotated[str, typer.Option(help="Dtype of activations and scales.")] = F16.name,
     output: Annotated[Path | None, typer.Option(help="Folder for the JSON file and the plots.")] = None,
     launch: Annotated[
         list[str] | None, typer.Option(help='"plain" or "dependent", repeatable; plain if not given.')
@@ -393,8 +396,8 @@ def bench(
     layers: list[tuple[str, int, int]] | None = [shapes.parse(text) for text in shape] if shape else None
     for name in format or ():
         formats.get(name)
-    if dtype not in HALF_DTYPES:
-        raise ValueError(f"dtype is {dtype!r}; use {' or '.join(HALF_DTYPES)}.")
+    if dtype not in HALF_NAMES:
+        raise ValueError(f"dtype is {dtype!r}; use {' or '.join(HALF_NAMES)}.")
     try:
         run = importlib.import_module("marlin_cupy.bench.run").run  # with matplotlib, which no other command needs
     except ImportError as error:

@@ -2,20 +2,14 @@
 
 from __future__ import annotations
 
-import itertools
 import math
 import textwrap
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-from marlin_cupy import compilers, frameworks, kernels
-from marlin_cupy.device import CPU, Device, gpu, import_cupy
-from marlin_cupy.errors import DeviceError
-from marlin_cupy.formats.scalars import HALF_DTYPES
-from marlin_cupy.frameworks import Framework, StreamFramework
-from marlin_cupy.kernels import Operand, Plan, Problem
-from marlin_cupy.kernels.operands import Rows
+from marlin_cupy import kernels, ready
+from marlin_cupy.kernels import Problem
 from marlin_cupy.tensor import QuantizedTensor
 
 Array = Any  # an array of any library
@@ -65,48 +59,7 @@ def matmul(
     """
     if not isinstance(w, QuantizedTensor):
         raise TypeError(f"w is a {type(w).__name__}; pass a QuantizedTensor, from quantize, pack or load.")
-    framework, x = frameworks.resolve(x)
-    dtype = framework.dtype(x)
-    if dtype not in HALF_DTYPES:
-        raise ValueError(f"x is {dtype}; use {' or '.join(HALF_DTYPES)}, for instance x.astype({HALF_DTYPES[0]!r}).")
-    K, N = w.shape
-    if len(x.shape) == 0 or x.shape[-1] != K:
-        w.whole.of_part(tuple(w.packed.shape))  # says what is wrong with a share
-        raise ValueError(f"x has shape {tuple(x.shape)} and the weight (K={K}, N={N}); x must be (..., {K}).")
-    if framework.follows(x, w.packed, bias):
-        return _followed(framework, x, w, bias, out, batch_invariant, dependent)
-    device = framework.device(x)
-    if bias is not None:
-        bias = _checked(framework, bias, "bias", (N,), dtype, device)
-    target = None if out is None else _checked(framework, out, "out", (*x.shape[:-1], N), dtype, device)
-
-    if device != w.device and (framework.name != "numpy" or w.device == CPU):
-        raise DeviceError(
-            f"x is on {device} and the weight on {w.device}; move one, for instance w.to({str(device)!r})."
-        )
-    if device == w.device and (device == CPU or isinstance(framework, StreamFramework)):
-        m, aligned = math.prod(x.shape[:-1]), True
-        if isinstance(framework, StreamFramework) and device != CPU and m > 0:  # an empty array has no strides
-            _check_strides(framework, x, bias, target)
-            aligned = Rows.of(framework, x, m).is_aligned(K)
-        plan = plan_of(w, m, dtype, batch_invariant, aligned)
-        y = plan.multiply(framework, x, w, bias, target, dependent)
-    elif device == w.device:  # JAX, which gives memory of x to others unless it launches what reads it
-        y = compilers.of(framework).matmul(x, w, bias, batch_invariant, dependent)
-    else:
-        y = _through_cupy(framework, x, w, bias, target, batch_invariant, dependent)
-    return y if out is None else out
-
-
-def _followed(
-    framework: Framework, x: Array, w: QuantizedTensor, bias: Any, out: Any, batch_invariant: bool, dependent: bool
-) -> Array:
-    """For arrays that a compiler traces or automatic differentiation follows."""
-    if out is not None:
-        raise TypeError(f"out was given and {framework.name} follows this product; use what matmul returns instead.")
-    if bias is not None:
-        bias = _matching(framework, bias, "bias", (w.shape[1],), framework.dtype(x))
-    return compilers.of(framework).matmul(x, w, bias, batch_invariant, dependent)
+    return w.multiply(x, bias, out, batch_invariant, dependent)
 
 
 class Considered(NamedTuple):
@@ -219,74 +172,6 @@ def explain(shape: Sequence[int], dtype: Any, w: QuantizedTensor, *, batch_invar
     )
 
 
-def plan_of(w: QuantizedTensor, m: int, dtype: str, batch_invariant: bool = False, aligned: bool = True) -> Plan:
-    """The kernel for M rows of ``dtype``, made ready once, and again when something was tuned."""
-    return kernels.GEMM.ready(problem_of(w, m, dtype, batch_invariant, aligned))
-
-
-def problem_of(w: QuantizedTensor, m: int, dtype: str, batch_invariant: bool = False, aligned: bool = True) -> Problem:
-    """What :func:`matmul` asks the kernels for M rows of ``dtype``; see Operand for ``aligned``."""
-    on = None if w.device == CPU else gpu(w.device.index)
-    return Problem(m, Operand(dtype, aligned=aligned), w.spec, dtype, on, batch_invariant)
-
-
-def _through_cupy(
-    framework: Framework, x: Array, w: QuantizedTensor, bias: Any, out: Any, batch_invariant: bool, dependent: bool
-) -> Array:
-    """For x in host memory and a weight on a GPU: CuPy computes, copies hand over."""
-    cupy = import_cupy("a weight on a GPU")
-    with cupy.cuda.Device(w.device.index):
-        arrays = [
-            None if array is None else cupy.ascontiguousarray(cupy.asarray(framework.to_native(array)))
-            for array in (x, bias)
-        ]
-        y = matmul(arrays[0], w, arrays[1], batch_invariant=batch_invariant, dependent=dependent)
-        if out is None:
-            return framework.from_native(y)
-        framework.to_native(out)[...] = y.get() if framework.device(out) == CPU else y
-        return out
-
-
-def _check_strides(framework: Framework, x: Array, bias: Any, out: Any) -> None:
-    """ValueError for memory that the kernels cannot address."""
-    assert isinstance(framework, StreamFramework)
-    if framework.strides(x)[-1] != 1 and x.shape[-1] != 1:
-        raise ValueError(f"x has strides {framework.strides(x)}; its last axis must be contiguous, copy it first.")
-    if out is not None and not _is_row_major(framework, out):
-        raise ValueError(f"out has strides {framework.strides(out)}; it must be contiguous, or 2-D with whole rows.")
-    if bias is not None and framework.strides(bias)[0] != 1:
-        raise ValueError(f"bias has strides {framework.strides(bias)}; it must be contiguous.")
-
-
-def _is_row_major(framework: StreamFramework, out: Array) -> bool:
-    """Whether ``out`` can be seen as (M, N) with contiguous rows without a copy."""
-    strides = framework.strides(out)
-    if strides[-1] != 1 and out.shape[-1] != 1:
-        return False
-    rows = [(size, stride) for size, stride in zip(out.shape[:-1], strides[:-1], strict=True) if size != 1]
-    return all(a[1] == b[0] * b[1] for a, b in itertools.pairwise(rows))
-
-
-def _checked(
-    framework: Framework, array: Array, role: str, shape: tuple[int, ...], dtype: str, device: Device
-) -> Array:
-    """``array`` if it matches x and has ``shape``; TypeError, ValueError or DeviceError otherwise."""
-    array = _matching(framework, array, role, shape, dtype)
-    if role == "out":
-        framework.refuse_writing(array, role)
-    if framework.device(array) != device:
-        raise DeviceError(f"{role} is on {framework.device(array)} and x on {device}; they must be on one device.")
-    return array
-
-
-def _matching(framework: Framework, array: Array, role: str, shape: tuple[int, ...], dtype: str) -> Array:
-    """``array`` if it is of x's library and dtype and has ``shape``; TypeError or ValueError otherwise."""
-    theirs, array = frameworks.resolve(array, role)
-    if theirs is not framework:
-        raise TypeError(f"{role} is a {theirs.name} array and x a {framework.name} array; use one library.")
-    if tuple(array.shape) != shape or theirs.dtype(array) != dtype:
-        raise ValueError(f"{role} is {theirs.dtype(array)}{tuple(array.shape)}; it must be {dtype}{shape}, as x.")
-    return array
-
-
-QuantizedTensor.multiply = staticmethod(matmul)
+def problem_of(w: QuantizedTensor, m: int, dtype: str, batch_invariant: bool = False) -> Problem:
+    """What :func:`matmul` asks the kernels for M rows of ``dtype``."""
+    return ready.problem(w.spec, w.device, m, dtype, batch_invariant)

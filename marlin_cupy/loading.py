@@ -10,7 +10,7 @@ import safetensors
 
 from marlin_cupy.device import Device
 from marlin_cupy.errors import FileFormatError
-from marlin_cupy.files import METADATA_KEY, check_packed, check_shape, readable
+from marlin_cupy.files import METADATA_KEY, check_parts, check_shape, kept, readable
 from marlin_cupy.spec import Spec
 from marlin_cupy.tensor import QuantizedTensor
 
@@ -41,18 +41,21 @@ def load(
         raise FileNotFoundError(f"no file {path}.")
     with readable(path), safetensors.safe_open(path, framework="numpy") as file:
         metadata, names = file.metadata() or {}, list(file.keys())
-        stored = file.get_slice("packed") if "packed" in names else None
-    if METADATA_KEY not in metadata or stored is None:
+        stored = {name: file.get_slice(name) for name in names}
+    if METADATA_KEY not in metadata or "packed" not in stored:
         raise FileFormatError(f"{path} holds no marlin_cupy weight; QuantizedTensor.save writes such files.")
     try:
         found = json.loads(metadata[METADATA_KEY])
     except ValueError as error:
         raise FileFormatError(f"{path} has damaged metadata ({error!r}); save it again.") from error
     spec = Spec.of_fields(found, path)
-    check_shape(spec, tuple(stored.get_shape()), stored.get_dtype(), path)
-    part, slabs = spec.cut(rows, columns)
+    for name in kept(spec):
+        if name not in stored:
+            raise FileFormatError(f"{path} does not hold what it says: {name} is missing; save it again.")
+        check_shape(name, spec, tuple(stored[name].get_shape()), stored[name].get_dtype(), path)
+    part, runs = spec.cut(rows, columns)
     with readable(path):
-        packed = stored[slabs]
+        parts = {name: stored[name][runs[name]] for name in kept(spec)}
     if part == spec:
-        check_packed(found, spec, packed, path)
-    return QuantizedTensor(part, packed).to(Device.parse(device))
+        check_parts(found, spec, parts, path)
+    return QuantizedTensor(part, **parts).to(Device.parse(device))

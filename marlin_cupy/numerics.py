@@ -27,14 +27,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from marlin_cupy.formats.scalars import BFLOAT16, FLOAT16, FLOAT32, ROUNDOFF
+from marlin_cupy.scalars import BF16, F16, F32, by_name
 
 Array = Any  # a NumPy or CuPy array
 
 _SUM = 2.0**-22
 _SUBNORMAL_CUT = 2.0**-14
 _OF_A_CUT = 0.3  # what a cut, spread evenly within its step, takes off on average: 1 / sqrt(12)
-_HALF_SUBNORMAL = {FLOAT16: 2.0**-25, BFLOAT16: 2.0**-134}
+_HALF_SUBNORMAL = {F16.name: 2.0**-25, BF16.name: 2.0**-134}
 #: The largest of many normal values is so many root mean squares; of x and of W here.
 _NORMAL_PEAK = 5
 #: Roundings of a result whose kernel does not say what it rounds: partial sums and weights in 16 bits.
@@ -105,7 +105,7 @@ class Product:
 
     def bound(self, rounding: Rounding, deviations: float = 6) -> Array:
         """How far each element may be off, with errors that are random so many times what they are on average."""
-        u = ROUNDOFF[rounding.dtype]
+        u = by_name(rounding.dtype).roundoff
         sums = _SUM * math.sqrt(self.K) * self.absolute
         of_weights = deviations * rounding.of_a_weight * u * self.energy
         cuts = deviations * _OF_A_CUT * rounding.cut * self.peak
@@ -127,13 +127,13 @@ def normal_bound(rounding: Rounding, K: int) -> float:
 
 
 def _relative(rounding: Rounding, K: int, cuts: float) -> float:
-    of_roundings = ROUNDOFF[rounding.dtype] * math.sqrt((1 + rounding.of_a_weight) / 3)
+    of_roundings = by_name(rounding.dtype).roundoff * math.sqrt((1 + rounding.of_a_weight) / 3)
     return of_roundings + _SUM * math.sqrt(K) + _OF_A_CUT * cuts
 
 
 def unstated_bound(dtype: str) -> float:
     """What a kernel of which nothing is known stays below if it is right, relative, in the Frobenius norm."""
-    return _UNSTATED_ROUNDINGS * ROUNDOFF[dtype]
+    return _UNSTATED_ROUNDINGS * by_name(dtype).roundoff
 
 
 def apart(rounding: Rounding, K: int) -> float:
@@ -145,12 +145,12 @@ def apart(rounding: Rounding, K: int) -> float:
     sqrt(K) times a typical element.
     """
     roundings = 1 + 2 * rounding.of_a_weight
-    return 2 * (roundings * ROUNDOFF[rounding.dtype] + 2 * K * ROUNDOFF[FLOAT32])
+    return 2 * (roundings * by_name(rounding.dtype).roundoff + 2 * K * F32.roundoff)
 
 
 def dense_bound(weights: Array, dtype: str) -> Array:
     """How far weights that a GPU decoded as arrays of ``dtype`` may be off, each: their table is in float16."""
-    return 1.01 * (ROUNDOFF[dtype] + ROUNDOFF[FLOAT16]) * abs(weights) + 2.0**-24
+    return 1.01 * (by_name(dtype).roundoff + F16.roundoff) * abs(weights) + 2.0**-24
 
 
 def sum_of_parts_bound(exact: Array, parts: Sequence[Array], dtype: str) -> Array:
@@ -158,4 +158,4 @@ def sum_of_parts_bound(exact: Array, parts: Sequence[Array], dtype: str) -> Arra
 
     Sums in float32 add less than a thousandth of that.
     """
-    return (1 + 2.0**-10) * ROUNDOFF[dtype] * (abs(exact) + sum(abs(part) for part in parts)) + 2.0**-20
+    return (1 + 2.0**-10) * by_name(dtype).roundoff * (abs(exact) + sum(abs(part) for part in parts)) + 2.0**-20

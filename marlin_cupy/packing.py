@@ -6,14 +6,13 @@ import math
 from collections.abc import Iterator
 from typing import Any
 
-import ml_dtypes
 import numpy
 
 from marlin_cupy import formats, frameworks
 from marlin_cupy.device import CPU, Device, gpu, gpu_count, import_cupy, namespace, on
 from marlin_cupy.frameworks import Framework
 from marlin_cupy.layout import SLAB_N, Layout
-from marlin_cupy.scalars import BF16, F16, F32
+from marlin_cupy.scalars import BF16, F16, F32, HALF_NAMES
 from marlin_cupy.spec import Spec
 
 Array = Any  # an array of any library
@@ -25,11 +24,8 @@ _BLOCK_WEIGHTS = {"cpu": 4 << 20, "cuda": 16 << 20}
 _COLUMNS = 2 * SLAB_N
 #: Below this float16 is subnormal with fewer significant bits than bfloat16.
 _COARSE_FLOAT16 = 2.0**-16
-NUMPY_DTYPES = {
-    F16.name: numpy.dtype(numpy.float16),
-    BF16.name: numpy.dtype(ml_dtypes.bfloat16),
-    F32.name: numpy.dtype(numpy.float32),
-}
+#: What dense weights can be.
+DENSE_NAMES = (*HALF_NAMES, F32.name)
 
 
 def encode(weight: Any, spec: Spec, search: str, packed: Any, output_scales: Any | None = None) -> None:
@@ -67,6 +63,12 @@ def decoded(layout: Layout, packed: Any, n: int, output_scales: Any | None = Non
     return values.reshape(-1, n)[: layout.K]
 
 
+def derived(spec: Spec, packed: Any) -> dict[str, Any]:
+    """The parts of a weight that follow from ``packed``, by name; NumPy, CuPy or JAX arrays."""
+    made = {"output_scales": spec.layout.range_factors}
+    return {name: made[name](packed) for name, part in spec.parts.items() if part.derived}
+
+
 def _grouped(columns: Any, layout: Layout, fill: int) -> Any:
     """(K, n) -> (groups, group_size, n), the last group filled up."""
     xp = namespace(columns)
@@ -101,7 +103,7 @@ def checked_weight(weight: Array, search: str) -> tuple[Framework, Any, str, flo
     dtype = framework.dtype(weight)
     if len(weight.shape) != 2 or 0 in weight.shape:
         raise ValueError(f"weight has shape {tuple(weight.shape)}; pass (K, N), not empty.")
-    if dtype not in NUMPY_DTYPES:
+    if dtype not in DENSE_NAMES:
         raise ValueError(f"weight is {dtype}; use float16, bfloat16 or float32.")
     native = framework.to_native(weight)
     device = device_of(native)

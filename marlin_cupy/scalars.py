@@ -9,6 +9,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+import ml_dtypes  # noqa: F401  # NumPy then knows its types by name
+import numpy
+
 from marlin_cupy.device import namespace
 
 Array = Any  # an array of NumPy, CuPy or JAX
@@ -27,6 +30,11 @@ class Scalar:
     name: str
     bits: int
     cpp: str = ""
+
+    @property
+    def dtype(self) -> numpy.dtype[Any]:
+        """The NumPy type of the values; TypeError where there is none."""
+        return numpy.dtype(self.name)
 
     @property
     def stored_as(self) -> str:
@@ -170,6 +178,7 @@ U2, U3, U4, U8 = (Scalar(f"uint{bits}", bits) for bits in (2, 3, 4, 8))
 
 #: The types that activations, biases and most scales can have.
 HALVES = (F16, BF16)
+HALF_NAMES = tuple(each.name for each in HALVES)
 _BY_NAME = {each.name: each for each in (F16, BF16, F32, E4M3, E5M2, E2M1, E8M0, U2, U3, U4, U8)}
 
 

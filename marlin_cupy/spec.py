@@ -13,7 +13,7 @@ from marlin_cupy import formats
 from marlin_cupy.errors import FileFormatError
 from marlin_cupy.formats import Format
 from marlin_cupy.layout import SLAB_K, SLAB_N, Layout
-from marlin_cupy.scalars import BF16, F32, HALVES
+from marlin_cupy.scalars import BF16, F32, HALF_NAMES, U8, by_name
 
 #: Version of the file format and of the packed layout in it.
 FILE_VERSION = 1
@@ -34,6 +34,11 @@ class Part:
     axes: tuple[str | None, ...]
     derived: bool = False
 
+    @property
+    def nbytes(self) -> int:
+        """Of the array."""
+        return math.prod(self.shape) * by_name(self.dtype).bits // 8
+
 
 @dataclass(frozen=True)
 class Spec:
@@ -45,25 +50,37 @@ class Spec:
     scale_dtype: str
     options: tuple[tuple[str, str], ...] = ()  # of the format, those that are not its defaults, sorted
 
+    # Every product asks for these, so that they are computed once; what is computed is not copied or pickled.
+
+    def __hash__(self) -> int:
+        return self._hash
+
+    @functools.cached_property
+    def _hash(self) -> int:
+        return hash((self.format, self.shape, self.group_size, self.scale_dtype, self.options))
+
+    def __reduce__(self) -> tuple[type[Spec], tuple[Any, ...]]:
+        return Spec, tuple(getattr(self, field.name) for field in dataclasses.fields(self))
+
     @functools.cached_property
     def layout(self) -> Layout:
         """Where the codes sit."""
         return Layout(formats.get(self.format), *self.shape, self.group_size, self.scale_dtype)
 
-    @property
+    @functools.cached_property
     def parts(self) -> dict[str, Part]:
         """The arrays of such a weight, by name, in the order in which trees, files and operators hold them."""
         packed = self.layout.packed_shape
         derived = not formats.get(self.format).has_output_scales(self.group_size)
         return {
-            "packed": Part(packed, "uint8", ("N", "K", None)),
+            "packed": Part(packed, U8.name, ("N", "K", None)),
             "output_scales": Part((packed[0] * SLAB_N,), F32.name, ("N",), derived),
         }
 
     @property
     def dense_dtype(self) -> str:
         """The 16-bit type that such a weight goes with: that of its scales if they have 16 bits."""
-        return self.scale_dtype if self.scale_dtype in [each.name for each in HALVES] else BF16.name
+        return self.scale_dtype if self.scale_dtype in HALF_NAMES else BF16.name
 
     @property
     def row_step(self) -> int:
@@ -91,13 +108,22 @@ class Spec:
             )
         return found
 
-    def cut(self, rows: slice, columns: slice) -> tuple[Spec, tuple[slice, slice]]:
-        """The spec of W[rows, columns], and where that is in ``packed``; ValueError where nothing can be cut there."""
+    def cut(self, rows: slice, columns: slice) -> tuple[Spec, dict[str, tuple[slice, ...]]]:
+        """The spec of W[rows, columns], and where that is in each part; ValueError where nothing can be cut there."""
         K, N = self.shape
         k = _bounds("rows", rows, K, self.row_step, f"slabs of {SLAB_K} inputs and whole groups")
         n = _bounds("columns", columns, N, SLAB_N, f"blocks of {SLAB_N} outputs")
         part = dataclasses.replace(self, shape=(k[1] - k[0], n[1] - n[0]))
-        return part, (slice(n[0] // SLAB_N, -(-n[1] // SLAB_N)), slice(k[0] // SLAB_K, -(-k[1] // SLAB_K)))
+        slabs: dict[str | None, tuple[int, int, int]] = {
+            axis: (start // step, -(-stop // step), -(-size // step))
+            for axis, (start, stop), size, step in (("N", n, N, SLAB_N), ("K", k, K, SLAB_K))
+        }
+
+        def run(axis: str | None, size: int) -> slice:
+            first, end, count = slabs.get(axis, (0, 1, 1))
+            return slice(first * size // count, end * size // count)
+
+        return part, {name: tuple(map(run, each.axes, each.shape)) for name, each in self.parts.items()}
 
     def equal_part(self, axis: int, count: int) -> int:
         """The size of each of ``count`` equal parts of K (axis 0) or N (1); ValueError where it cannot be cut so."""

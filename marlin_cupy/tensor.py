@@ -3,38 +3,28 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import json
-import math
 import os
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy
 import safetensors.numpy
 
-from marlin_cupy import formats, frameworks, writes
+from marlin_cupy import compilers, formats, frameworks
 from marlin_cupy.device import CPU, Device, namespace, on
 from marlin_cupy.errors import DeviceError, UnsupportedError
 from marlin_cupy.files import METADATA_KEY, described, whole_file
-from marlin_cupy.layout import SLAB_N
-from marlin_cupy.packing import (
-    NUMPY_DTYPES,
-    check_range,
-    checked_weight,
-    column_blocks,
-    decoded,
-    device_of,
-    encode,
-    moved,
-)
+from marlin_cupy.frameworks import Framework
+from marlin_cupy.layout import Layout
+from marlin_cupy.packing import DENSE_NAMES, check_range, checked_weight, derived, device_of, encode, moved
+from marlin_cupy.placed import Placed
 from marlin_cupy.scalars import by_name
 from marlin_cupy.spec import Spec
 
 Array = Any  # an array of any library
-
-#: Attributes of a QuantizedTensor that are known when its arrays hold values.
-_OF_PLACE = ("_native", "_factors", "device", "pointer", "factors_pointer", "writes")
 
 
 class Unpacked(NamedTuple):
@@ -58,115 +48,116 @@ class QuantizedTensor:
     (ceil(N/64), ceil(K/128), slab_bytes) of any library, see ``layout.py``.
     """
 
-    # Without __slots__, which torch.compile of PyTorch 2.4 cannot look into.
-
-    _native: Any
-    _factors: Any
-    device: Device
-    pointer: int
-    factors_pointer: int
-    writes: writes.Writes
-    #: On a GPU, and in JAX: float32 per output in the library of ``packed``, see Layout.range_factors. Tensors over the
-    #: same memory share it.
-    range_factors: Array | None
-
-    #: For kernels, which can take one weight out of several: see kernels.operands.Weight.
-    layer_pointer: ClassVar[int] = 0
-
     # NumPy and CuPy leave ``x @ w`` to __rmatmul__ when they see these.
     __array_ufunc__ = None
     __array_priority__ = 1000
 
-    #: matmul, set by ``api``, which is above this module.
-    multiply: ClassVar[Callable[[Array, QuantizedTensor], Array]]
+    # Without __slots__, which torch.compile of PyTorch 2.4 cannot look into.
 
-    def __init__(
-        self, spec: Spec, packed: Array, *, output_scales: Array | None = None, range_factors: Array | None = None
-    ) -> None:
-        range_factors = output_scales if range_factors is None else range_factors
+    #: The spec of which ``spec`` is a share, inside jax.shard_map; elsewhere the same.
+    whole: Spec
+    #: What the arrays are.
+    spec: Spec
+    #: The arrays by the names of Spec.parts, all of one library; None for a part that follows from packed and is not
+    #: needed: in host memory, but for JAX. Tensors over the same memory share them.
+    parts: dict[str, Array | None]
+    #: Which weight of a stack this is, where the parts (layers, ...) are those of one: an integer array.
+    layer: Array | None
+
+    def __init__(self, spec: Spec, packed: Array, **parts: Array | None) -> None:
+        """Of ``packed`` and, by name, of other arrays of Spec.parts; those that follow from packed can be left out.
+
+        Raises:
+            TypeError, ValueError: no such parts, or arrays of other shapes or dtypes.
+        """
         framework, packed = frameworks.resolve(packed, "packed")
-        layout = spec.layout
-        if tuple(packed.shape) != layout.packed_shape or framework.dtype(packed) != "uint8":
-            raise ValueError(
-                f"packed is {framework.dtype(packed)}{tuple(packed.shape)}; a {spec.format} weight of (K, N) = "
-                f"{spec.shape}, group_size={spec.group_size} needs uint8{layout.packed_shape}."
+        given = {name: None if array is None else _handed(framework, array, name) for name, array in parts.items()}
+        given["packed"] = packed
+        if not given.keys() <= spec.parts.keys():
+            raise TypeError(
+                f"{', '.join(given)} were given; of {spec.format} weights there are {', '.join(spec.parts)}."
             )
-        if range_factors is not None:
-            range_factors = framework.from_native(_native(range_factors, "range_factors"))
-        self._describe(spec, packed, range_factors)
-        self._place()
-        if self.range_factors is None and (self.device != CPU or framework.takes_apart):
-            with on(self.device):
-                self._factors = layout.range_factors(self._native)
-            self.range_factors = framework.from_native(self._factors)
-            self._place_factors(self.range_factors)
-            self.writes.mark()
+        for name, part in spec.parts.items():
+            array = given.setdefault(name, None)
+            if array is None and not part.derived:
+                raise ValueError(f"{name} is missing; a {spec.format} weight needs {part.dtype}{part.shape}.")
+            if array is not None and (tuple(array.shape) != part.shape or framework.dtype(array) != part.dtype):
+                raise ValueError(
+                    f"{name} is {framework.dtype(array)}{tuple(array.shape)}; a {spec.format} weight of (K, N) = "
+                    f"{spec.shape}, group_size={spec.group_size} needs {part.dtype}{part.shape}."
+                )
+        placed = Placed(spec, given)
+        if placed.device != CPU or framework.takes_apart:
+            missing = {name for name, part in spec.parts.items() if part.derived and given[name] is None}
+            if missing:
+                with on(placed.device):
+                    made = derived(spec, placed.packed)
+                given |= {name: framework.from_native(made[name]) for name in missing}
+                placed = Placed(spec, given)
+        self._describe(spec, {name: given[name] for name in spec.parts}, None)
+        self.placed = placed
         frameworks.meet(QuantizedTensor)
 
-    def _describe(self, spec: Spec, packed: Array, range_factors: Array | None, layer: Array | None = None) -> None:
-        """What is known of any ``packed``, also of one that holds no values yet."""
-        self.packed = packed
-        self.range_factors = range_factors
-        #: Which weight of a stack this is, where ``packed`` (layers, ...) is one: an integer array.
-        self.layer = layer
-        #: The spec of which ``spec`` is a share, inside jax.shard_map; elsewhere the same.
-        self.whole = spec
-        self.spec = spec
-        if len(getattr(packed, "shape", ())) >= 3:
+    def _describe(self, whole: Spec, parts: dict[str, Array | None], layer: Array | None) -> None:
+        """What is known of any arrays, also of ones that hold no values yet."""
+        self.whole, self.spec, self.parts, self.layer = whole, whole, parts, layer
+        shape = getattr(self.packed, "shape", ())
+        if len(shape) >= 3:
             with contextlib.suppress(ValueError):  # who computes with it says so
-                self.spec = spec.of_part(tuple(packed.shape))
-        self.layout = self.spec.layout
-
-    def _place(self) -> None:
-        """Where it is; ValueError, TypeError or UnsupportedError for what is no array of values on one device."""
-        framework = frameworks.of(self.packed)
-        packed, factors = self.packed, self.range_factors
-        if self.layer is not None:  # a copy of it: only kernels launched by a compiled program read it in place
-            packed, factors = packed[self.layer], None if factors is None else factors[self.layer]
-        if tuple(packed.shape) != self.layout.packed_shape:
-            raise ValueError(
-                f"packed has shape {tuple(packed.shape)} and one {self.format} weight of (K, N) = {self.shape} "
-                f"{self.layout.packed_shape}; a stack of weights is indexed, w[i], before it is used."
-            )
-        self.device = framework.device(packed)
-        native = framework.to_native(packed)
-        if not native.flags.c_contiguous:
-            raise ValueError(f"packed has strides {native.strides}; it must be C-contiguous.")
-        self._native = native
-        self.pointer, self.factors_pointer = 0, 0
-        self.writes = writes.Writes() if self.device == CPU else writes.of_gpu(self.device.index)
-        if self.device != CPU:
-            self.pointer = int(native.data.ptr)
-        self._place_factors(factors)
-        self.writes.mark()  # packed may have been filled a moment ago
-
-    def _place_factors(self, factors: Array | None) -> None:
-        self._factors = None if factors is None else frameworks.of(factors).to_native(factors)
-        if self.device != CPU and self._factors is not None:
-            self.factors_pointer = int(self._factors.data.ptr)
-
-    def __getattr__(self, name: str) -> Any:
-        """What :meth:`_place` finds, for a tensor that was put together by :meth:`of_parts`."""
-        if name not in _OF_PLACE:
-            raise AttributeError(f"a QuantizedTensor has no {name!r}.")
-        self._place()
-        return object.__getattribute__(self, name)
-
-    @property
-    def parts(self) -> tuple[Array, Array | None, Array | None]:
-        """The arrays that it consists of, for libraries that take trees of arrays apart: see :meth:`of_parts`."""
-        return self.packed, self.range_factors, self.layer
+                self.spec = whole.of_part(tuple(shape))
 
     @staticmethod
-    def of_parts(spec: Spec, parts: Iterable[Any]) -> QuantizedTensor:
-        """Put together what was taken apart into ``whole`` and :attr:`parts`, whatever has become of these.
+    def of_parts(whole: Spec, parts: Mapping[str, Any], layer: Any = None) -> QuantizedTensor:
+        """Of parts that may be traced, shares of arrays, stacks of them, or no arrays at all.
 
-        They may be traced, shares of the arrays, stacks of them, or no arrays at all: nothing is looked at before it is
-        used.
+        Nothing is looked at before it is used.
         """
         found = object.__new__(QuantizedTensor)
-        found._describe(spec, *parts)
+        found._describe(whole, {name: parts.get(name) for name in whole.parts}, layer)
         return found
+
+    @property
+    def tree(self) -> dict[str, Array | None]:
+        """All arrays by name, for libraries that take trees of arrays apart; with ``whole`` it is all there is."""
+        return {**self.parts, "layer": self.layer}
+
+    @staticmethod
+    def of_tree(whole: Spec, arrays: Iterable[Any]) -> QuantizedTensor:
+        """Of what :attr:`tree` held, in its order, whatever has become of it: see :meth:`of_parts`."""
+        *parts, layer = arrays
+        return QuantizedTensor.of_parts(whole, dict(zip(whole.parts, parts, strict=True)), layer)
+
+    @functools.cached_property
+    def placed(self) -> Placed:
+        """What is known of the arrays where they are; ValueError, TypeError or UnsupportedError if they hold no values.
+
+        Of a stack's weight that is a copy: only kernels launched by a compiled program read it in place.
+        """
+        if self.layer is None:
+            return Placed(self.spec, self.parts)
+        return Placed(
+            self.spec, {name: None if part is None else part[self.layer] for name, part in self.parts.items()}
+        )
+
+    @property
+    def packed(self) -> Array:
+        """Codes and their parameters, uint8, see layout.py."""
+        return self.parts["packed"]
+
+    @property
+    def output_scales(self) -> Array | None:
+        """float32 per output, padding included; None where nothing needs them, see Spec.parts."""
+        return self.parts["output_scales"]
+
+    @property
+    def device(self) -> Device:
+        """Where the arrays are."""
+        return self.placed.device
+
+    @property
+    def layout(self) -> Layout:
+        """Where the codes sit in packed."""
+        return self.spec.layout
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -190,8 +181,8 @@ class QuantizedTensor:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of the packed buffer, scales and padding included."""
-        return math.prod(self.layout.packed_shape)
+        """Bytes of the arrays that files keep, scales and padding included."""
+        return sum(part.nbytes for part in self.spec.parts.values() if not part.derived)
 
     def __repr__(self) -> str:
         try:
@@ -208,23 +199,37 @@ class QuantizedTensor:
         """One weight of a stack, in place: ``layer`` may be traced, as in jax.lax.scan; see integrations.jax.stack."""
         if self.layer is not None or len(self.packed.shape) != 1 + len(self.layout.packed_shape):
             raise TypeError(f"{self!r} is one weight; only a stack of weights can be indexed.")
-        return QuantizedTensor.of_parts(self.whole, (self.packed, self.range_factors, layer))
+        return QuantizedTensor.of_parts(self.whole, self.parts, layer)
 
     def __rmatmul__(self, x: Array) -> Array:
-        return QuantizedTensor.multiply(x, self)
+        return self.multiply(x)
 
-    @classmethod
-    def __torch_function__(cls, function: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
-        # PyTorch asks this before __rmatmul__, and torch.compile, which traces ``x @ w`` no other way, instead of it.
-        return cls.multiply(*args) if function.__name__ == "matmul" and not kwargs else NotImplemented
+    def multiply(
+        self,
+        x: Array,
+        bias: Array | None = None,
+        out: Array | None = None,
+        batch_invariant: bool = False,
+        dependent: bool = True,
+    ) -> Array:
+        """y = x @ W + bias, see :func:`marlin_cupy.matmul`."""
+        framework, x = frameworks.resolve(x)
+        if framework.follows(x, self.packed, bias):
+            if out is not None:
+                raise TypeError(
+                    f"out was given and {framework.name} follows this product; use what matmul returns instead."
+                )
+            return compilers.of(framework).matmul(x, self, bias, batch_invariant, dependent)
+        return self.placed.multiply(framework, x, bias, out, batch_invariant, dependent)
 
     def unpack(self) -> Unpacked:
         """Logical codes and parameters as NumPy or CuPy arrays: the exact inverse of :func:`pack`."""
         with on(self.device):
-            codes, bits = self.layout.unpack(self._native, self.shape[1])
+            codes, bits = self.layout.unpack(self.placed.packed, self.shape[1])
         if formats.SCALE not in bits:
-            bits[formats.SCALE] = self._factors[None, : self.shape[1]]
-        dtype = NUMPY_DTYPES.get(self.scale_dtype, numpy.uint8)
+            bits[formats.SCALE] = self.placed.native["output_scales"][None, : self.shape[1]]
+        scale = self.layout.scale
+        dtype = scale.dtype if scale.name in DENSE_NAMES else scale.stored_as
         zero_points = bits.get(formats.ZERO_POINT)
         return Unpacked(
             codes, bits[formats.SCALE].view(dtype), None if zero_points is None else zero_points.view(dtype)
@@ -236,24 +241,18 @@ class QuantizedTensor:
         The result is in the library and on the device of ``packed``.
         """
         dtype = dtype or self.spec.dense_dtype
-        if dtype not in NUMPY_DTYPES:
-            raise ValueError(f"dtype is {dtype!r}; use one of {', '.join(NUMPY_DTYPES)}.")
-        xp = namespace(self._native)
+        if dtype not in DENSE_NAMES:
+            raise ValueError(f"dtype is {dtype!r}; use one of {', '.join(DENSE_NAMES)}.")
+        xp, scalar = namespace(self.placed.packed), by_name(dtype)
         with on(self.device):
-            result = xp.empty(self.shape, dtype=NUMPY_DTYPES[dtype])
+            result = xp.empty(self.shape, dtype=scalar.dtype)
             for columns, values in self.blocks():
-                scalar = by_name(dtype)
                 result.view(scalar.stored_as)[:, columns] = scalar.to_bits(values)
         return frameworks.of(self.packed).from_native(result)
 
     def blocks(self) -> Iterator[tuple[slice, Array]]:
         """The dequantized matrix a run of columns at a time: (columns, native float32[K, columns])."""
-        for columns in column_blocks(self.shape, self.device):
-            with on(self.device):
-                packed = self._native[columns.start // SLAB_N : -(-columns.stop // SLAB_N)]
-                scales = None if self._factors is None else self._factors[columns]
-                values = decoded(self.layout, packed, columns.stop - columns.start, scales)
-            yield columns, values
+        return self.placed.blocks()
 
     def to(self, where: str | Device) -> QuantizedTensor:
         """The same weight in another library or on another device.
@@ -262,14 +261,15 @@ class QuantizedTensor:
             where: "numpy", "cupy", "torch" or "jax" (shares memory where both are on the same device;
                 JAX on the CPU copies), or "cpu", "cuda", "cuda:N" (copies, as a NumPy or CuPy array).
         """
+        native = self.placed.native
         if isinstance(where, str) and where in frameworks.NAMES:
-            native = self._native
-            if where == "numpy" and self.device != CPU:
-                native = moved(native, CPU)
-            elif where == "cupy" and self.device == CPU:
+            if where == "cupy" and self.device == CPU:
                 return self.to("cuda")
-            factors = None if where == "numpy" else self._factors
-            return QuantizedTensor(self.spec, frameworks.by_name(where).from_native(native), range_factors=factors)
+            if where == "numpy" and self.device != CPU:
+                return self.to(CPU)
+            framework = frameworks.by_name(where)
+            kept = self._kept(where != "numpy")
+            return QuantizedTensor(self.spec, **{name: framework.from_native(native[name]) for name in kept})
         try:
             device = Device.parse(where)
         except ValueError:
@@ -278,12 +278,27 @@ class QuantizedTensor:
                 'or a device ("cpu", "cuda", "cuda:N").'
             ) from None
         if device == self.device:
-            return QuantizedTensor(self.spec, self._native, range_factors=self._factors)
-        factors = None
-        if device != CPU:  # computed here, where that needs no kernel to be compiled
-            factors = self.layout.range_factors(self._native) if self.device == CPU else self._factors
-            factors = moved(factors, device)
-        return QuantizedTensor(self.spec, moved(self._native, device), range_factors=factors)
+            return QuantizedTensor(self.spec, **native)
+        if device == CPU:
+            native = {name: native[name] for name in self._kept(derived=False)}
+        elif self.device == CPU:  # derived here, where that needs no kernel to be compiled
+            native = {**native, **derived(self.spec, self.placed.packed)}
+        return QuantizedTensor(self.spec, **{name: moved(array, device) for name, array in native.items()})
+
+    def in_hands_of(self, library: str) -> QuantizedTensor:
+        """As :meth:`to` where that shares memory, handed over once until the memory is written again."""
+        found = self.placed.handed.get(library)
+        if found is None:
+            found = self.placed.handed[library] = self.to(library)
+        return found
+
+    def _kept(self, derived: bool) -> list[str]:
+        """The parts that are there, with or without derived ones."""
+        return [
+            name
+            for name, part in self.spec.parts.items()
+            if name in self.placed.native and (derived or not part.derived)
+        ]
 
     def columns(self, start: int, stop: int) -> QuantizedTensor:
         """The weight of outputs ``start`` to ``stop``, W[:, start:stop], in memory of its own.
@@ -328,10 +343,12 @@ class QuantizedTensor:
         return (self.rows, self.columns)[axis](index * part, (index + 1) * part)
 
     def _cut(self, rows: slice, columns: slice) -> QuantizedTensor:
-        spec, slabs = self.spec.cut(rows, columns)
+        """Parts that follow from packed are made anew."""
+        spec, runs = self.spec.cut(rows, columns)
+        framework = frameworks.of(self.packed)
         with on(self.device):
-            packed = self._native[slabs].copy()
-        return QuantizedTensor(spec, frameworks.of(self.packed).from_native(packed))
+            cut = {name: self.placed.native[name][runs[name]].copy() for name in self._kept(derived=False)}
+        return QuantizedTensor(spec, **{name: framework.from_native(part) for name, part in cut.items()})
 
     def update_(self, weight: Array, search: str = "absmax") -> QuantizedTensor:
         """Re-quantize ``weight`` (K, N) into the same memory, so that pointers held elsewhere stay valid.
@@ -346,9 +363,9 @@ class QuantizedTensor:
         device = device_of(native)
         if device != self.device:
             raise DeviceError(f"weight is on {device} and the packed buffer on {self.device}; move one of them.")
-        with self.writes.writing():
-            encode(native, self.spec, search, self._native)
-            self._refresh_factors()
+        with self.placed.writes.writing():
+            encode(native, self.spec, search, **self.placed.native)
+            self.placed.refresh()
         framework.settle(native)
         return self
 
@@ -360,39 +377,42 @@ class QuantizedTensor:
         multiplication on each stream of this GPU is then a plain launch; see ``dependent`` of :func:`matmul`. What is
         kept of the scales is read anew, on CuPy's current stream.
         """
-        with self.writes.writing():
-            self._refresh_factors()
-
-    def _refresh_factors(self) -> None:
-        """In the same memory, since launches in graphs read it."""
-        if self._factors is not None:
-            with on(self.device):
-                self._factors[...] = self.layout.range_factors(self._native)
+        with self.placed.writes.writing():
+            self.placed.refresh()
 
     def __reduce__(self) -> tuple[Callable[..., QuantizedTensor], tuple[Any, ...]]:
-        # Copies and pickles are made anew: an address and loaded kernels do not travel.
-        if "_native" in self.__dict__:
-            return QuantizedTensor, (self.spec, self.packed)
-        return _copied, (self.whole, self.parts)
+        # Copies and pickles are made anew: addresses and loaded kernels do not travel.
+        if "placed" in self.__dict__ and self.layer is None:
+            return _placed_again, (self.spec, {name: self.parts[name] for name in self._kept(derived=False)})
+        return _copied, (self.whole, self.parts, self.layer)
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Write a safetensors file with one uint8 tensor "packed" and the description as metadata.
+        """Write a safetensors file: the uint8 tensor "packed", "output_scales" of formats that have such scales, and
+        the description as metadata.
 
         The file appears whole or not at all.
         """
-        path = Path(path)
-        packed = numpy.ascontiguousarray(self._native if self.device == CPU else moved(self._native, CPU))
-        metadata = {METADATA_KEY: json.dumps(described(self.spec, packed), sort_keys=True)}
+        path, native = Path(path), self.placed.native
+        parts = {
+            name: numpy.ascontiguousarray(native[name] if self.device == CPU else moved(native[name], CPU))
+            for name in self._kept(derived=False)
+        }
+        metadata = {METADATA_KEY: json.dumps(described(self.spec, parts), sort_keys=True)}
         with whole_file(path) as temporary:
-            safetensors.numpy.save_file({"packed": packed}, temporary, metadata=metadata)
+            safetensors.numpy.save_file(parts, temporary, metadata=metadata)
 
 
-def _copied(whole: Spec, parts: tuple[Array, Array | None, Array | None]) -> QuantizedTensor:
+def _placed_again(spec: Spec, parts: dict[str, Array]) -> QuantizedTensor:
+    return QuantizedTensor(spec, **parts)
+
+
+def _copied(whole: Spec, parts: dict[str, Array | None], layer: Array | None) -> QuantizedTensor:
     """A copy of what :meth:`QuantizedTensor.of_parts` put together: a stack, or traced, or spread over devices."""
     frameworks.meet(QuantizedTensor)
-    return QuantizedTensor.of_parts(whole, parts)
+    return QuantizedTensor.of_parts(whole, parts, layer)
 
 
-def _native(array: Array, role: str) -> Any:
-    framework, array = frameworks.resolve(array, role)
-    return framework.to_native(array)
+def _handed(framework: Framework, array: Array, role: str) -> Array:
+    """``array`` in the hands of ``framework``."""
+    theirs, array = frameworks.resolve(array, role)
+    return array if theirs is framework else framework.from_native(theirs.to_native(array))

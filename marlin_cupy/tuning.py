@@ -11,17 +11,16 @@ from dataclasses import dataclass
 from types import TracebackType
 from typing import Any
 
-import ml_dtypes
 import numpy
 
 from marlin_cupy import frameworks, kernels, timing
 from marlin_cupy.api import problem_of
 from marlin_cupy.device import Gpu, import_cupy
 from marlin_cupy.errors import DeviceError
-from marlin_cupy.formats.scalars import BFLOAT16, FLOAT16, HALF_DTYPES, from_bits
 from marlin_cupy.kernels import Candidate, Plan, Problem, tuned
 from marlin_cupy.numerics import apart
 from marlin_cupy.progress import bar
+from marlin_cupy.scalars import HALF_NAMES, by_name
 from marlin_cupy.tensor import QuantizedTensor
 
 Array = Any  # a NumPy or CuPy array
@@ -32,7 +31,6 @@ _TIMED = 8
 _MEMORY_SHARE = 0.5
 #: Rows of x that differ; more repeat them. Those checked against the dequantized weight.
 _ROWS, _CHECKED_ROWS = 64, 4
-_NUMPY_DTYPES = {FLOAT16: numpy.dtype(numpy.float16), BFLOAT16: numpy.dtype(ml_dtypes.bfloat16)}
 _NAN_BITS = 0x7FFF  # NaN in float16 and in bfloat16
 
 
@@ -165,8 +163,8 @@ def checked_ms(ms: int | Iterable[int]) -> list[int]:
 
 def checked_dtype(dtype: str | None, w: QuantizedTensor) -> str:
     """The dtype of x, that of the scales if None; ValueError for others than the two."""
-    if dtype is not None and dtype not in HALF_DTYPES:
-        raise ValueError(f"dtype is {dtype!r}; use {' or '.join(HALF_DTYPES)}.")
+    if dtype is not None and dtype not in HALF_NAMES:
+        raise ValueError(f"dtype is {dtype!r}; use {' or '.join(HALF_NAMES)}.")
     return dtype or w.scale_dtype
 
 
@@ -231,7 +229,10 @@ class Rig:
             plan = kernels.GEMM.plan(problem, each)
             reason = check(self._result(plan, x, y))
             if reason is None:
-                steps = [functools.partial(plan.multiply, frameworks.of(x), x, w, None, y, True) for w in self._weights]
+                steps = [
+                    functools.partial(plan.multiply, frameworks.of(x), x, w.placed, None, y, True)
+                    for w in self._weights
+                ]
                 graphs[each.key] = timing.prepare(timing.CupyRun(self._stream, steps, None), time, sampling)
             else:
                 wrong[each.key] = reason
@@ -244,18 +245,18 @@ class Rig:
         size = math.sqrt(K * float((self._values**2).mean()))
         some = numpy.random.default_rng(m).standard_normal((min(m, _ROWS), K), dtype=numpy.float32)
         some *= min(max(1 / size, 2**-10), 2**10) if size > 0 else 1
-        all_rows = some[numpy.arange(m) % _ROWS].astype(_NUMPY_DTYPES[self._dtype])
+        all_rows = some[numpy.arange(m) % _ROWS].astype(by_name(self._dtype).dtype)
         return self._cupy.asarray(all_rows.view(numpy.uint16)).view(all_rows.dtype)
 
     def _result(self, plan: Plan, x: Array, y: Array) -> Array:
         """float32 (M, N) of one launch over an output of NaN."""
         y.view(numpy.uint16).fill(_NAN_BITS)
-        plan.multiply(frameworks.of(x), x, self._weights[0], None, y, True)
-        return from_bits(y.view(numpy.uint16), self._dtype)
+        plan.multiply(frameworks.of(x), x, self._weights[0].placed, None, y, True)
+        return by_name(self._dtype).from_bits(y.view(numpy.uint16))
 
     def _expected(self, x: Array) -> Array:
         """float32 (some rows, the first columns) of the product with the dequantized weight, without cuBLAS."""
-        rows = from_bits(x[:_CHECKED_ROWS].view(numpy.uint16), self._dtype)
+        rows = by_name(self._dtype).from_bits(x[:_CHECKED_ROWS].view(numpy.uint16))
         return self._cupy.stack([(row[:, None] * self._values).sum(axis=0) for row in rows])
 
 

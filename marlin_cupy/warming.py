@@ -8,7 +8,7 @@ from concurrent.futures import ThreadPoolExecutor, as_completed
 from typing import Any
 
 from marlin_cupy import kernels
-from marlin_cupy.api import plan_of, problem_of
+from marlin_cupy.api import problem_of
 from marlin_cupy.kernels import Candidate, Problem
 from marlin_cupy.progress import bar
 from marlin_cupy.tensor import QuantizedTensor
@@ -69,5 +69,5 @@ def warmup(
             pool.shutdown(cancel_futures=True)
             raise
     for w, m, x_dtype in wanted:
-        plan_of(w, m, x_dtype, batch_invariant)
+        kernels.GEMM.ready(problem_of(w, m, x_dtype, batch_invariant))
     return len(first)

@@ -13,8 +13,8 @@ from cases import DTYPES, gaussian, rows
 import marlin_cupy as mc
 from marlin_cupy import kernels
 from marlin_cupy.api import problem_of
-from marlin_cupy.formats.scalars import from_bits
 from marlin_cupy.numerics import Rounding
+from marlin_cupy.scalars import by_name
 
 #: A NaN in fp16 and in bf16.
 _POISON = 0x7FFF
@@ -49,7 +49,7 @@ def bits(array: Any) -> np.ndarray:
 
 def float64(array: cupy.ndarray) -> cupy.ndarray:
     if array.dtype == DTYPES["bfloat16"]:
-        return from_bits(cupy.ascontiguousarray(array.view(cupy.uint16)), "bfloat16").astype(cupy.float64)
+        return by_name("bfloat16").from_bits(cupy.ascontiguousarray(array.view(cupy.uint16))).astype(cupy.float64)
     return array.astype(cupy.float64)
 
 

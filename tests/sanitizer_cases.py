@@ -130,10 +130,10 @@ def check_kernels(
             x_gpu, bias_gpu = to_gpu(x[:M]), to_gpu(bias)
             for dependent in (False, True) if configuration.dependent else (False,):
                 out = cupy.asarray(np.full((M, N), _NAN, np.uint16)).view(DTYPES[dtype])
-                plan.multiply(frameworks.of(x_gpu), x_gpu, w, bias_gpu, out, False)
+                plan.multiply(frameworks.of(x_gpu), x_gpu, w.placed, bias_gpu, out, False)
                 if dependent:  # behind a launch, which it can overlap with
-                    plan.multiply(frameworks.of(x_gpu), x_gpu, w, bias_gpu, out, True)
-                    plan.multiply(frameworks.of(x_gpu), x_gpu, w, bias_gpu, out, True)
+                    plan.multiply(frameworks.of(x_gpu), x_gpu, w.placed, bias_gpu, out, True)
+                    plan.multiply(frameworks.of(x_gpu), x_gpu, w.placed, bias_gpu, out, True)
                 rounding = kernel.rounding(problem)
                 if is_exact(configuration):
                     rounding = dataclasses.replace(rounding, weights=0)
@@ -183,7 +183,7 @@ def check_dense() -> int:
         slabs = w.layout.packed_shape[1]
         plan = kernels.DEQUANTIZE.ready(Dense(w.spec, dtype, gpu()))
         for run in {range(slabs), range(slabs // 2, slabs), range(1)}:
-            found = plan.dense(frameworks.of(w.packed), w, run)
+            found = plan.dense(frameworks.of(w.packed), w.placed, run)
             values = to_host(found.base)[:, : found.shape[1]].astype(np.float32)
             expected = right[:, 128 * run.start : 128 * run.stop]
             assert (abs(values - expected) <= dense_bound(expected, dtype)).all(), f"dense {format} {dtype} {run}"

@@ -52,10 +52,10 @@ def main() -> int:
         plans = list(candidates(product_of(M, dtype, first.spec, gpu())))
         each = max(_BURST, wanted // (len(cases) * len(plans)))
         for candidate, plan in plans:
-            expected = plan.multiply(frameworks.of(x), x, first, None, None, False)
+            expected = plan.multiply(frameworks.of(x), x, first.placed, None, None, False)
             for launch in range(each):
                 w = all_weights[launch % copies]
-                plan.multiply(frameworks.of(x), x, w, None, y, launch // _BURST % 2 == 1)
+                plan.multiply(frameworks.of(x), x, w.placed, None, y, launch // _BURST % 2 == 1)
                 if launch // _BURST % 4 < 3 or launch % _BURST == _BURST - 1:
                     wrong += differences(y, expected)
             if int(wrong):

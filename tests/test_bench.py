@@ -40,6 +40,7 @@ from marlin_cupy.bench.shapes import Shape
 from marlin_cupy.device import Gpu
 from marlin_cupy.jit import compile as nvrtc
 from marlin_cupy.kernels import reference
+from marlin_cupy.scalars import by_name
 from marlin_cupy.timing import Replay, Run, Sampling
 
 ARCHS = ("sm_80", "sm_86", "sm_89", "sm_90a", "sm_100a", "sm_120a")
@@ -191,7 +192,7 @@ def test_relative_error_sees_small_and_missing_differences() -> None:
 
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
 def test_the_poison_is_nan_and_survives_the_conversion(dtype: str) -> None:
-    array = np.full((2, 3), contenders._NAN_BITS, dtype=np.uint16).view(contenders._NUMPY_DTYPES[dtype])
+    array = np.full((2, 3), contenders._NAN_BITS, dtype=np.uint16).view(by_name(dtype).dtype)
     assert np.isnan(contenders.as_float32(array, dtype)).all()
 
 

@@ -6,6 +6,7 @@ import io
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from rich.console import Console
 
@@ -58,6 +59,20 @@ def test_host_overhead_table() -> None:
     host_overhead.show(rows, {"jax": "ImportError: no jax"}, Console(file=output, width=report.WIDTH))
     assert "7.25" in output.getvalue()
     assert "without jax: ImportError: no jax" in output.getvalue()
+
+
+def test_a_product_in_host_memory_stands_beside_its_arithmetic(monkeypatch: pytest.MonkeyPatch) -> None:
+    timed: list[Any] = []
+
+    def per_call_us(call: Any, synchronize: Any) -> float:
+        timed.append(call())
+        return 50.0 - 20 * len(timed)
+
+    monkeypatch.setattr(host_overhead, "per_call_us", per_call_us)
+    x = np.linspace(-1, 1, host_overhead.HOST_K, dtype=np.float32).astype(np.float16)[None]
+    found = host_overhead.on_host(x)
+    assert (found.library, found.us, found.beyond_launch_us) == ("numpy", 30.0, 20.0)
+    np.testing.assert_array_equal(*timed)
 
 
 # ---- compile times

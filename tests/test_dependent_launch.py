@@ -15,7 +15,7 @@ import pytest
 from cases import FORMATS, GPUS, gaussian, product_of, rows
 
 import marlin_cupy as mc
-from marlin_cupy import kernels, packing, tensor, writes
+from marlin_cupy import kernels, packing, ready, tensor, writes
 from marlin_cupy.jit import launch
 from marlin_cupy.kernels import Plan, sm90_stream
 from marlin_cupy.spec import Spec
@@ -62,18 +62,13 @@ class FakeGpu:
         self.captures: dict[int, tuple[int, int]] = {}
         self.device, self.code = 0, 0
         self.before_launch = lambda: None
-        driver = SimpleNamespace(ctxGetCurrent=lambda: 1, launchKernel=self.plain)
+        driver = SimpleNamespace(ctxGetCurrent=lambda: 0xC0 + self.device, launchKernel=self.plain)
         runtime = SimpleNamespace(getDevice=lambda: self.device, setDevice=self.set_device)
         self.function = launch.Function.__new__(launch.Function)
-        self.function.__dict__.update(
-            _driver=driver,
-            _runtime=runtime,
-            _launch_ex=self.dependent,
-            _attributes=ctypes.addressof(launch._DEPENDENT),
-            _function=SimpleNamespace(ptr=0xF00),
-            device=0,
-            shared_bytes=1000,
-        )
+        self.function.__dict__.update(_runtime=runtime, device=0, shared_bytes=1000)
+        launch_ex = ctypes.CFUNCTYPE(ctypes.c_int, *[ctypes.c_void_p] * 4)(self.dependent)
+        launch_ex.argtypes = None
+        self.function._set(0xF00, 0xC0, driver, launch_ex)
 
     def set_device(self, device: int) -> None:
         self.device = device
@@ -253,7 +248,7 @@ def test_a_fresh_tensor_is_a_write(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(writes, "Writes", lambda: record)
     before = record.past
     w = mc.quantize(gaussian(128, 64, seed=1))
-    assert w.writes is record
+    assert w.placed.writes is record
     assert record.past is not before
     for make in (copy.copy, copy.deepcopy, lambda w: pickle.loads(pickle.dumps(w)), lambda w: w.to("numpy")):
         before = record.past
@@ -269,22 +264,22 @@ def test_update_is_a_write_from_its_first_byte_to_its_last(monkeypatch: pytest.M
     w = mc.quantize(gaussian(128, 64, seed=1))
     original = packing.encode
 
-    def encode(*arguments: Any) -> None:
-        w.writes.past.add(STREAM)
-        assert STREAM not in w.writes.past
-        original(*arguments)
+    def encode(*arguments: Any, **parts: Any) -> None:
+        w.placed.writes.past.add(STREAM)
+        assert STREAM not in w.placed.writes.past
+        original(*arguments, **parts)
 
     monkeypatch.setattr(tensor, "encode", encode)
-    w.writes.past.add(STREAM)
+    w.placed.writes.past.add(STREAM)
     w.update_(gaussian(128, 64, seed=2))
-    assert STREAM not in w.writes.past
-    w.writes.past.add(STREAM)
-    assert STREAM in w.writes.past
+    assert STREAM not in w.placed.writes.past
+    w.placed.writes.past.add(STREAM)
+    assert STREAM in w.placed.writes.past
     with pytest.raises(ValueError, match="shape"):
         w.update_(gaussian(64, 64, seed=2))  # writes nothing
-    assert STREAM in w.writes.past
+    assert STREAM in w.placed.writes.past
     w.mark_written()
-    assert STREAM not in w.writes.past
+    assert STREAM not in w.placed.writes.past
 
 
 # ---- the switch
@@ -295,17 +290,20 @@ class FakePlan(Plan):
         self.seen: list[bool] = []
 
     def multiply(self, framework: Any, x: Any, w: Any, bias: Any, out: Any, dependent: bool) -> Any:
+        assert w.packed is not None
         self.seen.append(dependent)
         return x
 
 
 def test_the_switch_reaches_the_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
-    w, x, plan = mc.quantize(gaussian(128, 64, seed=1)), rows((3, 128), seed=2, dtype="float16"), FakePlan()
+    w, x, plan = mc.quantize(gaussian(128, 128, seed=1)), rows((5, 128), seed=2, dtype="float16"), FakePlan()
     monkeypatch.setattr(kernels.GEMM, "ready", lambda problem: plan)
+    ready.product.cache_clear()
     mc.matmul(x, w)
     mc.matmul(x, w, dependent=False)
     mc.matmul(x, w, dependent=True)
     _ = x @ w
+    ready.product.cache_clear()
     assert plan.seen == [True, False, True, True]
 
 

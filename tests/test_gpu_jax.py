@@ -65,10 +65,10 @@ def test_moving_to_jax_shares_memory(jax: ModuleType) -> None:
     w = mc.quantize(weights(333, 65))
     in_jax = w.to("jax")
     assert isinstance(in_jax.packed, jax.Array)
-    assert in_jax.packed.unsafe_buffer_pointer() == in_jax.pointer == w.pointer
+    assert in_jax.packed.unsafe_buffer_pointer() == in_jax.placed.pointer == w.placed.pointer
     x = activations(7, 333, "bfloat16")
     np.testing.assert_array_equal(bits(mc.matmul(x, in_jax)), bits(mc.matmul(x, w)))
-    assert in_jax.to("cupy").pointer == w.pointer
+    assert in_jax.to("cupy").placed.pointer == w.placed.pointer
     assert isinstance(in_jax.dequantize(), jax.Array)
 
 

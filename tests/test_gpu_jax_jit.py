@@ -14,7 +14,7 @@ from gpu_arrays import activations, bits, to_host, to_jax, weights
 
 import marlin_cupy as mc
 from marlin_cupy.device import gpu
-from marlin_cupy.formats.scalars import ROUNDOFF
+from marlin_cupy.scalars import by_name
 
 pytestmark = pytest.mark.gpu
 
@@ -123,7 +123,7 @@ def test_gradients_are_those_of_the_dense_product(jax: ModuleType, name: str, dt
     exact_dy = in_one_range(to_host(dy))
     exact = exact_dy @ in_one_range(w.to("cpu").dequantize("float32")).T
     # each weight and the result are rounded once
-    bound = 2 * ROUNDOFF[dtype]
+    bound = 2 * by_name(dtype).roundoff
     assert np.linalg.norm(in_one_range(dx) - exact) <= bound * np.linalg.norm(exact)
     exact_bias = exact_dy.sum(0)
     assert np.linalg.norm(in_one_range(dbias) - exact_bias) <= bound * np.linalg.norm(exact_bias)

@@ -30,7 +30,7 @@ from product import Product
 
 import marlin_cupy as mc
 from marlin_cupy import kernels
-from marlin_cupy.api import plan_of
+from marlin_cupy.api import problem_of
 from marlin_cupy.device import gpu
 from marlin_cupy.jit.compile import cubin
 from marlin_cupy.spec import Spec
@@ -275,4 +275,4 @@ def test_explain_names_the_kernel_and_its_configuration() -> None:
     assert "host memory" in found.passed_over["reference"]
     assert "up to 16 rows, not 64" in found.passed_over["sm90_stream"]
     mc.matmul(activations(64, 4160, "bfloat16"), w)
-    assert str(plan_of(w, 64, "bfloat16")) == found.config
+    assert str(kernels.GEMM.ready(problem_of(w, 64, "bfloat16"))) == found.config

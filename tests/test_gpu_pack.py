@@ -104,12 +104,12 @@ def test_moving_to_where_it_is_shares_memory() -> None:
 @every_format
 def test_update_keeps_the_pointer_and_changes_the_product(name: str) -> None:
     w = mc.quantize(to_gpu(gaussian(4160, 513, seed=5)), name, 64)
-    pointer = w.pointer
+    pointer = w.placed.pointer
     x = activations(7, 4160, "float16")
     mc.matmul(x, w)
     other = gaussian(4160, 513, seed=6)
     assert w.update_(to_gpu(other)) is w
-    assert w.pointer == w.packed.data.ptr == pointer
+    assert w.placed.pointer == w.packed.data.ptr == pointer
     assert_same_weight(w, mc.quantize(other, name, 64))
     assert_same_bits(mc.matmul(x, w), mc.matmul(x, mc.quantize(to_gpu(other), name, 64)))
 

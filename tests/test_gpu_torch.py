@@ -127,15 +127,15 @@ def test_moving_to_torch_shares_memory(torch: ModuleType) -> None:
     w = mc.quantize(weights(333, 65))
     in_torch = w.to("torch")
     assert isinstance(in_torch.packed, torch.Tensor)
-    assert in_torch.packed.data_ptr() == in_torch.pointer == w.pointer
-    assert in_torch.to("cupy").pointer == w.pointer
+    assert in_torch.packed.data_ptr() == in_torch.placed.pointer == w.placed.pointer
+    assert in_torch.to("cupy").placed.pointer == w.placed.pointer
     x = activations(7, 333, "float16")
     assert_same_bits(mc.matmul(x, in_torch), mc.matmul(x, w))
     dequantized = in_torch.dequantize("bfloat16")
     assert isinstance(dequantized, torch.Tensor)
     assert dequantized.dtype == torch.bfloat16
     other = gaussian(333, 65, seed=1)
-    assert in_torch.update_(torch.from_numpy(other).cuda()).pointer == w.pointer
+    assert in_torch.update_(torch.from_numpy(other).cuda()).placed.pointer == w.placed.pointer
     np.testing.assert_array_equal(w.packed.get(), mc.quantize(other).packed)
 
 

@@ -82,7 +82,7 @@ def test_dense_weights_are_the_dequantized_ones(name: str, dtype: str, shape: tu
         in_float32 = w.dequantize("float32").astype(cupy.float64)
         slabs = -(-shape[0] // 128)
         for run in {range(slabs), range(slabs // 2, slabs), range(slabs - 1, slabs), range(1)}:
-            found = kernels.DEQUANTIZE.ready(Dense(w.spec, dtype, gpu())).dense(FRAMEWORK, w, run)
+            found = kernels.DEQUANTIZE.ready(Dense(w.spec, dtype, gpu())).dense(FRAMEWORK, w.placed, run)
             start, stop = 128 * run.start, min(128 * run.stop, shape[0])
             assert tuple(found.shape) == (shape[1], stop - start)
             case = f"group_size={group_size}, scales {scale_dtype}, {run}"
@@ -100,7 +100,7 @@ def test_cupy_and_other_streams_can_have_dense_weights() -> None:
     cupy.cuda.Device().synchronize()
     framework, plan = frameworks.of(w.packed), kernels.DEQUANTIZE.ready(Dense(w.spec, "float16", gpu()))
     with cupy.cuda.Stream(non_blocking=True) as stream:
-        found = plan.dense(framework, w, range(8))
+        found = plan.dense(framework, w.placed, range(8))
         stream.synchronize()
     cupy.testing.assert_array_equal(found, expected)
 
@@ -115,7 +115,7 @@ def test_the_operator_gives_what_cupy_gives(name: str, dtype: str) -> None:
     bias = rows(1, dtype, N)[0]
     for M in (0, 1, 7, 33, 129):
         x = rows(M, dtype)
-        arguments = (w.packed, w.range_factors, bias, name, K, N, 64, w.scale_dtype, False, True)
+        arguments = ([w.packed, w.output_scales], bias, name, K, N, 64, w.scale_dtype, False, True)
         y = torch.ops.marlin_cupy.matmul(x, *arguments)
         assert same(y, mc.matmul(x, w, bias)), f"M={M}"
         if M > 1:
@@ -134,9 +134,9 @@ def test_opcheck(grad: bool) -> None:
     x, y = rows(3, "float16").requires_grad_(grad), rows(3, "float16", N).requires_grad_(grad)
     spec = ("uint4", K, N, 64, w.scale_dtype)
     torch.library.opcheck(
-        torch.ops.marlin_cupy.matmul, (x, w.packed, w.range_factors, y.detach()[0], *spec, False, True)
+        torch.ops.marlin_cupy.matmul, (x, [w.packed, w.output_scales], y.detach()[0], *spec, False, True)
     )
-    torch.library.opcheck(torch.ops.marlin_cupy.matmul_transposed, (y, w.packed, w.range_factors, *spec))
+    torch.library.opcheck(torch.ops.marlin_cupy.matmul_transposed, (y, [w.packed, w.output_scales], *spec))
 
 
 # ---- gradients
@@ -296,10 +296,10 @@ def test_a_graph_sees_a_state_that_was_loaded_later() -> None:
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         y = its(x)
-    address = its.packed.data_ptr(), its.range_factors.data_ptr()
+    address = its.packed.data_ptr(), its.output_scales.data_ptr()
     for turn in range(10):
         its.load_state_dict(versions[turn % 2].state_dict())
-        assert (its.packed.data_ptr(), its.range_factors.data_ptr()) == address
+        assert (its.packed.data_ptr(), its.output_scales.data_ptr()) == address
         y.fill_(float("nan"))
         graph.replay()
         assert same(y, expected[turn % 2])
@@ -379,22 +379,22 @@ def test_layers_move(name: str) -> None:
     x = rows(5, "float16")
     on_gpu = layer(name, "float16")
     expected = on_gpu(x)
-    factors = on_gpu.range_factors.clone()
+    factors = on_gpu.output_scales.clone()
     assert factors.is_cuda
     source = weight(name)
     shared = Linear.from_quantized(source)
-    assert torch.equal(factors, source.range_factors)
+    assert torch.equal(factors, source.output_scales)
     source.update_(weights(K, N)[::-1].copy())  # into the memory of the layer, factors included
     assert same(shared(x), mc.matmul(x, mc.quantize(weights(K, N)[::-1].copy(), name, 64)))
     on_host = copy.deepcopy(on_gpu).cpu()
-    assert on_host.range_factors is None
+    assert on_host.output_scales is None
     torch.testing.assert_close(on_host(x.cpu()), expected.cpu(), rtol=1e-2, atol=1e-2 * float(expected.abs().max()))
     again = on_host.to("cuda")
     assert same(again(x), expected)
-    assert torch.equal(again.range_factors, factors)
+    assert torch.equal(again.output_scales, factors)
     again.bfloat16()
-    assert again.range_factors.dtype == torch.float32
-    assert torch.equal(again.range_factors, factors)
+    assert again.output_scales.dtype == torch.float32
+    assert torch.equal(again.output_scales, factors)
     again.half()
     assert torch.equal(again.bias, on_gpu.bias.bfloat16().half())
     assert same(again(x), mc.matmul(x, again.quantized, again.bias.detach()))
@@ -459,6 +459,6 @@ def test_numpy_knows_nothing_of_it() -> None:
     """A weight that went through PyTorch is the same for the others."""
     w = weight()
     back = w.to("cupy")
-    assert back.pointer == w.pointer
-    assert back.factors_pointer == w.factors_pointer == w.range_factors.data_ptr()
-    np.testing.assert_array_equal(back.range_factors.get(), w.range_factors.cpu().numpy())
+    assert back.placed.pointer == w.placed.pointer
+    assert back.placed.factors_pointer == w.placed.factors_pointer == w.output_scales.data_ptr()
+    np.testing.assert_array_equal(back.output_scales.get(), w.output_scales.cpu().numpy())

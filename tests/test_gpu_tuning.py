@@ -24,7 +24,7 @@ from typer.testing import CliRunner
 import marlin_cupy as mc
 from marlin_cupy import __main__ as cli
 from marlin_cupy import frameworks, kernels
-from marlin_cupy.api import plan_of, problem_of
+from marlin_cupy.api import problem_of
 from marlin_cupy.device import gpu
 from marlin_cupy.jit import cache, launch
 from marlin_cupy.jit import compile as jit_compile
@@ -54,7 +54,7 @@ def test_every_candidate_is_right(name: str, dtype: str) -> None:
             for candidate in kernels.GEMM.candidates(problem):
                 out, guard = poisoned_with_guard(M, N, dtype)
                 rows = x[:M]
-                kernels.GEMM.plan(problem, candidate).multiply(frameworks.of(rows), rows, w, None, out, True)
+                kernels.GEMM.plan(problem, candidate).multiply(frameworks.of(rows), rows, w.placed, None, out, True)
                 rounding = kernels.GEMM.rounding(problem, candidate)
                 product.check(float64(out), rounding, f"M={M}, K={K}, N={N}: {candidate}")
                 assert is_poison(guard), str(candidate)
@@ -75,7 +75,7 @@ def test_tune_finds_nothing_wrong_and_its_choice_is_used(cache_folder: Path, nam
             explained = mc.explain((row.M, 2048), "float16", each)
             assert explained.config == row.chosen.config
             assert explained.reason.startswith(f"mc.tune measured {row.chosen.us:.2f} us")
-            assert str(plan_of(each, row.M, "float16")) == row.chosen.config
+            assert str(kernels.GEMM.ready(problem_of(each, row.M, "float16"))) == row.chosen.config
         x = activations(row.M, 2048, "float16")
         product = Product(float64(x), float64(w.dequantize("float32")))
         product.check(float64(mc.matmul(x, other)), rounding_of(row.M, "float16", other), str(row.chosen))
@@ -147,8 +147,7 @@ def test_warmup_takes_what_tune_found(cache_folder: Path, monkeypatch: pytest.Mo
     w = mc.quantize(weights(2048, 3000))
     chosen = mc.tune(w, 16, progress=False).rows[0].chosen
     mc.warmup(w, 16)
-    monkeypatch.setattr(launch, "load", None)
-    assert str(plan_of(w, 16, "float16")) == chosen.config
+    assert str(kernels.GEMM.ready(problem_of(w, 16, "float16"))) == chosen.config
 
 
 def test_tuning_leaves_no_memory_behind(cache_folder: Path) -> None:

@@ -78,7 +78,7 @@ def launched(
     dtype = frameworks.of(x).dtype(x)
     plan = KERNEL.plan(problem_of(w, x.shape[0], dtype), tiling)
     out, guard = poisoned_with_guard(x.shape[0], w.shape[1], dtype)
-    plan.multiply(frameworks.of(x), x, w, bias, out, dependent)
+    plan.multiply(frameworks.of(x), x, w.placed, bias, out, dependent)
     assert is_poison(guard), str(tiling)
     return out
 
@@ -251,7 +251,7 @@ def test_every_grid_repeats_bit_for_bit(dtype: str, M: int) -> None:
             for stream, mine in zip(streams, outs, strict=True):
                 with stream:
                     for out in mine:
-                        plan.multiply(framework, x, w, None, out, turn % 2 == 0)
+                        plan.multiply(framework, x, w.placed, None, out, turn % 2 == 0)
         for stream in streams:
             stream.synchronize()
         wrong += sum(differences(out, expected) for mine in outs for out in mine)
@@ -261,7 +261,7 @@ def test_every_grid_repeats_bit_for_bit(dtype: str, M: int) -> None:
                 out.view(cupy.uint16).fill(0x7FFF)
             streams[0].begin_capture()
             for out in outs[0]:
-                plan.multiply(framework, x, w, None, out, True)
+                plan.multiply(framework, x, w.placed, None, out, True)
             graph = streams[0].end_capture()
             for _ in range(50):
                 graph.launch(streams[0])
@@ -286,7 +286,7 @@ def test_dependent_launches_have_the_bits_of_plain_ones(name: str, dtype: str) -
                 values = [activations(M, K, dtype), *(poisoned((M, K), dtype) for _ in range(6))]
                 for index in range(6):
                     x = values[index] if index % 3 else values[index].copy()  # a kernel of another between two of ours
-                    plan.multiply(frameworks.of(x), x, layers[index % 2], bias, values[index + 1], dependent)
+                    plan.multiply(frameworks.of(x), x, layers[index % 2].placed, bias, values[index + 1], dependent)
                 results.append(values[-1])
             assert_same_bits(results[0], results[1], str(tiling))
             assert_same_bits(results[0], results[2], str(tiling))

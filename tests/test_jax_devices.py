@@ -50,17 +50,19 @@ SHARES_OF_N = {"columns": 4, "both": 2, "batch and columns": 2, "columns of two 
 every_place = pytest.mark.parametrize("place", PLACES)
 
 
-def whole(name: str = "int4") -> mc.QuantizedTensor:
-    return weight(name, 64, (K, N))
+def whole(name: str = "int4", group_size: int = 64) -> mc.QuantizedTensor:
+    return weight(name, group_size, (K, N))
 
 
-def placed(place: str, name: str = "int4", rows: int = M) -> tuple[jax.Array, mc.QuantizedTensor, jax.Array, Any]:
+def placed(
+    place: str, name: str = "int4", rows: int = M, group_size: int = 64
+) -> tuple[jax.Array, mc.QuantizedTensor, jax.Array, Any]:
     """x, w and bias on the mesh, and where y is to be."""
     make, of_w, of_x, of_y = PLACES[place]
     devices = make()
     x = jax.device_put(activations((rows, K)), NamedSharding(devices, of_x))
     bias = jax.device_put(activations((N,)), NamedSharding(devices, P(*of_y[1:])))
-    return x, shard(whole(name), devices, of_w), bias, NamedSharding(devices, of_y)
+    return x, shard(whole(name, group_size), devices, of_w), bias, NamedSharding(devices, of_y)
 
 
 _EXCHANGE = re.compile(
@@ -112,6 +114,17 @@ def test_every_format_has_shares(name: str, place: str) -> None:
     assert len(w.packed.addressable_shards) == 4
     assert w.packed.addressable_shards[0].data.nbytes * 4 == whole(name).packed.nbytes
     check(jax.jit(mc.matmul)(x, w), x, whole(name), shares=SHARES.get(place, 1))
+
+
+@every_place
+def test_scales_of_outputs_lie_where_the_outputs_are(place: str) -> None:
+    x, w, _, of_y = placed(place, "fp8_e4m3", group_size=-1)
+    expected = whole("fp8_e4m3", -1)
+    check(jax.jit(mc.matmul)(x, w), x, expected, shares=SHARES.get(place, 1))
+    assert_no_weight_moves(exchanged(mc.matmul, x, w))
+    dy = jax.device_put(activations((M, N), seed=5), of_y)
+    dx = jax.jit(lambda x, w, dy: jax.vjp(lambda x: x @ w, x)[1](dy)[0])(x, w, dy)
+    check_gradient(dx, dy, expected, shares=SHARES_OF_N.get(place, 1))
 
 
 @every_place
@@ -328,7 +341,7 @@ def test_a_weight_that_every_device_has() -> None:
 def test_shares_are_a_tree_like_the_whole() -> None:
     x, w, _, _ = placed("columns")
     specs = partition_specs(whole(), LINE(), P(None, "model"))
-    assert (specs.packed, specs.range_factors) == (P("model", None, None), P("model"))
+    assert (specs.packed, specs.output_scales) == (P("model", None, None), P("model"))
     assert jax.tree.structure(specs, is_leaf=lambda leaf: isinstance(leaf, PartitionSpec)) == jax.tree.structure(w)
     assert "packed=uint8(4, 4, 4352)" in repr(w)
     assert "K=512, N=256" in repr(specs)
@@ -345,7 +358,7 @@ def of_shares(x: np.ndarray) -> jax.Array:
     w = weight("int4", 192, (768, 64))
 
     def on_each(x: jax.Array, packed: jax.Array) -> jax.Array:
-        return jax.lax.psum(x @ mc.QuantizedTensor.of_parts(w.spec, (packed, None, None)), "model")
+        return jax.lax.psum(x @ mc.QuantizedTensor.of_parts(w.spec, {"packed": packed}), "model")
 
     in_specs = P(None, "model"), P(None, "model")
     return jax.shard_map(on_each, mesh=mesh(model=3), in_specs=in_specs, out_specs=P())(x, np.asarray(w.packed))

@@ -20,7 +20,7 @@ from cases import FORMATS, HALF, gaussian, rows
 from jax_arrays import K, N, activations, check, check_gradient, check_sum, float64, weight
 
 import marlin_cupy as mc
-from marlin_cupy.integrations.jax import stack
+from marlin_cupy.integrations.jax import abstract, stack
 
 every_format = pytest.mark.parametrize("name", FORMATS)
 every_dtype = pytest.mark.parametrize("dtype", HALF)
@@ -238,6 +238,24 @@ def test_scan_over_slices_and_over_layers_in_place(name: str) -> None:
             check(y, one, w, case=program.__name__)
 
 
+def test_scales_of_outputs_are_a_part_of_stacks_and_trees() -> None:
+    weights = [weight("fp8_e4m3", -1, seed=seed) for seed in range(LAYERS)]
+    together, x = stack(weights), activations((5, K))
+    assert together.output_scales is not None
+    assert together.output_scales.shape == (LAYERS, 128)
+    in_place = jax.jit(lambda x, w: jax.lax.map(lambda layer: x @ w[layer], jnp.arange(LAYERS)))(x, together)
+    batched = jax.jit(jax.vmap(lambda w: x @ w))(together)
+    dx = jax.vmap(jax.grad(lambda x, w: total(x @ w)), (None, 0))(x, together)
+    for layer, w in enumerate(weights):
+        for y in (in_place[layer], batched[layer], mc.matmul(x, together[layer])):
+            check(y, x, w)
+        check_gradient(dx[layer], jnp.ones((5, N), x.dtype), w)
+    shapes = abstract(jax.ShapeDtypeStruct((K, N), jnp.float32), "fp8_e4m3", -1)
+    assert jax.tree.structure(shapes) == jax.tree.structure(weights[0])
+    for shape, part in zip(jax.tree.leaves(shapes), jax.tree.leaves(weights[0]), strict=True):
+        assert (shape.shape, shape.dtype) == (part.shape, part.dtype)
+
+
 def test_gradients_through_a_scan() -> None:
     x, scale = activations((5, K)), np.float16(1 / 32)
 
@@ -282,7 +300,7 @@ def test_stacks_are_made_of_weights_from_anywhere() -> None:
     assert made.spec == layers()[0].spec
     x = activations((5, K))
     check(x @ made[1], x, layers()[1])
-    assert same(made.range_factors[1], layers()[1].range_factors)
+    assert same(made.output_scales[1], layers()[1].output_scales)
 
 
 # ---- weights as trees of arrays
@@ -294,7 +312,7 @@ def test_trees() -> None:
     assert [(each.shape, each.dtype.name) for each in leaves] == [((2, 2, 4352), "uint8"), ((128,), "float32")]
     check(x @ jax.tree.unflatten(structure, leaves), x, w)
     paths = jax.tree_util.tree_flatten_with_path({"up": w})[0]
-    assert [jax.tree_util.keystr(path) for path, _ in paths] == ["['up'].packed", "['up'].range_factors"]
+    assert [jax.tree_util.keystr(path) for path, _ in paths] == ["['up'].packed", "['up'].output_scales"]
     assert jax.tree.structure(w) == jax.tree.structure(layers()[0])
     assert jax.tree.structure(w) != jax.tree.structure(weight("nf4"))
     doubled = jax.tree.map(lambda *parts: jnp.stack(parts), w, w)
@@ -432,7 +450,7 @@ def test_what_is_printed() -> None:
 def of_share(x: jax.Array) -> jax.Array:
     """With half of the inputs, as a device of a mesh would have it, which ends inside a group."""
     w = weight("int4", 192, (256, 64))
-    return x @ mc.QuantizedTensor.of_parts(w.spec, (w.packed[:, :1], w.range_factors, None))
+    return x @ mc.QuantizedTensor.of_parts(w.spec, {**w.parts, "packed": w.packed[:, :1]})
 
 
 REFUSALS: dict[str, tuple[Callable[[Any, Any], Any], type[Exception], list[str]]] = {

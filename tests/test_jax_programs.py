@@ -11,6 +11,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import jax
@@ -229,6 +230,25 @@ def test_gradients_are_of_the_weight_in_place() -> None:
     assert len(calls(program)) == 1
 
 
+@pytest.mark.parametrize(("name", "group_size"), [("int4", 64), ("fp8_e4m3", 64), ("fp8_e4m3", -1)])
+def test_a_gradient_takes_the_parts_that_hold_values(name: str, group_size: int) -> None:
+    w, x = weight(name, group_size), activations((5, K))
+    program = lowered(lambda x, dy: jax.vjp(lambda x: x @ w, x)[1](dy), x, activations((5, N)))
+    (call,) = [line for line in program.splitlines() if "@marlin_cupy_dense" in line]
+    operands = re.findall(r"tensor<(.*?)>", call.rpartition(" : ")[2].split(" -> ")[0])
+    assert operands[0].endswith("xui8")
+    assert operands[1:] == (["128xf32"] if group_size == -1 else [])
+
+
+@pytest.mark.parametrize("scales", [[], [30]])
+def test_addresses_of_a_gradient_go_where_they_belong(scales: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
+    launches: list[tuple[Any, ...]] = []
+    plan = SimpleNamespace(enqueue=lambda *arguments: launches.append(arguments))
+    monkeypatch.setattr(launching, "_run_of", lambda text, device: (plan, range(2, 3)))
+    launching._handle_dense(ffi.Call(b"", [20, *scales], [60], 80, 1))
+    assert launches == [(80, 20, *(scales or [0]), 60, range(2, 3))]
+
+
 def test_one_program_for_both_platforms() -> None:
     program = lowered(mc.matmul, activations((5, K)), weight(), platforms=("cpu", "cuda"))
     assert len(calls(program)) == 1
@@ -421,7 +441,7 @@ def test_addresses_go_where_they_belong(monkeypatch: pytest.MonkeyPatch) -> None
             lent = launcher.stream(w.device), launcher.pointer(launcher.empty((7,), "float32", w.device))
             launches.append((x, w[:2], w.device.index, w.layer_pointer, bias, y, dependent, lent))
 
-    monkeypatch.setattr(launching.writes, "of_gpu", lambda index: None)
+    monkeypatch.setattr(launching.ready.writes, "of_gpu", lambda index: None)
     for has_bias, layers in ((True, 4), (True, None), (False, 4), (False, None)):
         monkeypatch.setattr(launching, "_plan_of", lambda text, device: (Plan(layers), has_bias))  # noqa: B023
         operands = [10, 20, 30] + [40] * has_bias + [50] * (layers is not None)

@@ -94,11 +94,11 @@ def test_every_format(name: str, place: str, dtype: str) -> None:
 
 
 @every_place
-@pytest.mark.parametrize("group_size", [GROUP, -1])
-def test_shares_of_a_file(place: str, group_size: int, tmp_path: Path) -> None:
-    whole, path = mc.quantize(matrix(), "int4", group_size), tmp_path / "w"
+@pytest.mark.parametrize(("name", "group_size"), [("int4", GROUP), ("int4", -1), ("fp8_e4m3", -1)])
+def test_shares_of_a_file(place: str, name: str, group_size: int, tmp_path: Path) -> None:
+    whole, path = mc.quantize(matrix(), name, group_size), tmp_path / "w"
     whole.save(path)
-    w = from_shares(like(place, "int4", group_size), lambda rows, columns: mc.load(path, rows=rows, columns=columns))
+    w = from_shares(like(place, name, group_size), lambda rows, columns: mc.load(path, rows=rows, columns=columns))
     assert_same(w, shard(whole, mesh_of(place), PLACES[place][1]))
 
 

@@ -61,8 +61,17 @@ class Memory(StreamFramework):
     def pointer(self, array: Any) -> int:
         return int(array.pointer)
 
+    def index(self, array: Any) -> int:
+        return 0
+
+    def is_contiguous(self, array: Any) -> bool:
+        return bool(array.stride == array.shape[-1])
+
     def strides(self, array: Any) -> tuple[int, ...]:
         return array.stride, 1
+
+    def empty_like(self, array: Any, shape: tuple[int, ...]) -> Any:
+        return self.empty(shape, "float16", Device("cuda", 0))
 
     def empty(self, shape: tuple[int, ...], dtype: str, device: Device) -> Any:
         return SimpleNamespace(pointer=ALLOCATED, stride=shape[-1], shape=shape)
@@ -189,7 +198,7 @@ def test_sm90_stream_is_told_where_everything_is(monkeypatch: pytest.MonkeyPatch
             "x": map_of(1024, (M, K), (M, 64)),
             **{"weight": WEIGHT, "bias": 6 if second else 0, "y": 4098 if second else ALLOCATED},
             **{"y_stride": N + 1 if second else N, "M": M, "N": N},
-            **{"tiles_n": tiles, "slabs_k": K // SLAB_K, "rounds": -(-tiles // clusters)},
+            **{"tiles_n": tiles, "slabs_k": K // SLAB_K, "rounds": -(-tiles // clusters), "output_scales": FACTORS},
             **{"y_vector": not second and (N % 4 == 0 or M == 1), "dependent": not second},
             **STACK,
         }

@@ -11,9 +11,9 @@ from cases import DTYPES, FORMATS, GPUS, HALF, gaussian, product_of, rows, ways
 
 import marlin_cupy as mc
 from marlin_cupy import formats, kernels, numerics, tuning
-from marlin_cupy.formats.scalars import ROUNDOFF, round_to
 from marlin_cupy.kernels import Dense
 from marlin_cupy.numerics import Rounding
+from marlin_cupy.scalars import by_name
 from marlin_cupy.spec import Spec
 
 H200 = dataclasses.replace(GPUS["sm_90a"], name="NVIDIA H200", memory_gbs=4916.0)
@@ -21,7 +21,7 @@ K, N, M = 1024, 192, 16
 
 
 def rounded(values: np.ndarray, dtype: str) -> np.ndarray:
-    return round_to(values.astype(np.float32), dtype).astype(np.float64)
+    return by_name(dtype).round(values.astype(np.float32)).astype(np.float64)
 
 
 def cut_product(x: np.ndarray, weights: np.ndarray, step: np.ndarray) -> np.ndarray:
@@ -51,7 +51,7 @@ def test_bounds_hold_for_what_is_stated_and_notice_what_is_not(dtype: str) -> No
         assert product.relative_bound(stated) < product.relative_bound(twice)
         assert (product.bound(stated) < product.bound(twice)).all()
     wrong = rounded(x @ w + 1, dtype)
-    wrong[3, 5] *= 1 + 4 * ROUNDOFF[dtype]
+    wrong[3, 5] *= 1 + 4 * by_name(dtype).roundoff
     wrong[7, 2] = np.nan
     beyond = ~(abs(wrong - product.exact) <= product.bound(none))
     assert beyond[3, 5]

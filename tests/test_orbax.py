@@ -89,8 +89,8 @@ def test_other_ways_to_save_and_restore(target: str, tmp_path: Path) -> None:
 
 def test_without_a_target_there_are_arrays_by_name(tmp_path: Path) -> None:
     found = restored(saved(tree(weight()), tmp_path))["layer"]["w"]
-    assert set(found) == {"packed", "range_factors", "layer"}
-    w = mc.QuantizedTensor.of_parts(weight().spec, (found["packed"], found["range_factors"], None))
+    assert set(found) == {"packed", "output_scales", "layer"}
+    w = mc.QuantizedTensor.of_parts(weight().spec, found)
     assert_same(w, weight())
 
 

@@ -30,11 +30,13 @@ ROWS = (
     ("spec",),
     ("files",),
     ("packing",),
-    ("tensor",),
-    ("quantizing", "loading"),
     ("jit",),
     ("kernels",),
+    ("ready",),
+    ("placed",),
     ("compilers",),
+    ("tensor",),
+    ("quantizing", "loading"),
     ("api",),
     ("tuning",),
     ("warming",),
@@ -208,28 +210,21 @@ def test_cuda_includes_only_its_own_files() -> None:
 
 
 _IMPORT = """
-import sys, time
-start = time.perf_counter()
+import sys
 import marlin_cupy
-took = time.perf_counter() - start
-loaded = {name.partition(".")[0] for name in sys.modules}
-print(took, *sorted(loaded))
+print(*sorted({name.partition(".")[0] for name in sys.modules}))
 """
 
 
-def test_importing_loads_no_other_library_and_is_quick() -> None:
-    times = []
-    for _ in range(3):
-        environment = {**os.environ, "PYTHONPATH": str(PACKAGE.parent)}
-        found = subprocess.run(
-            [sys.executable, "-c", _IMPORT], env=environment, capture_output=True, text=True, check=True, timeout=60
-        )
-        took, *loaded = found.stdout.split()
-        times.append(float(took))
-        others = {"cupy", "cupyx", "cupy_backends", "jax", "jaxlib", "torch", "rich", "typer", "matplotlib", "scipy"}
-        assert not others & set(loaded)
-        assert "numpy" in loaded
-    assert min(times) < 1.0
+def test_importing_loads_no_other_library() -> None:
+    environment = {**os.environ, "PYTHONPATH": str(PACKAGE.parent)}
+    found = subprocess.run(
+        [sys.executable, "-c", _IMPORT], env=environment, capture_output=True, text=True, check=True, timeout=60
+    )
+    loaded = set(found.stdout.split())
+    others = {"cupy", "cupyx", "cupy_backends", "jax", "jaxlib", "torch", "rich", "typer", "matplotlib", "scipy"}
+    assert not others & loaded
+    assert "numpy" in loaded
 
 
 # ---- the public names

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import os
+import pickle
 import struct
 import tracemalloc
 from pathlib import Path
@@ -36,6 +38,8 @@ def jax_on_cpu(array: np.ndarray) -> jax.Array:
 def assert_same_weight(found: mc.QuantizedTensor, expected: mc.QuantizedTensor) -> None:
     assert found.spec == expected.spec
     np.testing.assert_array_equal(np.asarray(found.packed), np.asarray(expected.packed))
+    if formats.get(expected.format).has_output_scales(expected.group_size):
+        np.testing.assert_array_equal(np.asarray(found.unpack().scales), np.asarray(expected.unpack().scales))
 
 
 # ---- quantize and dequantize
@@ -102,7 +106,7 @@ def test_groups_longer_than_the_weight_are_one_group(name: str) -> None:
     weight = gaussian(100, 65, seed=7)
     one_group = mc.quantize(weight, name, -1)
     for group_size in (112, 128, 4096, 16 << 40):
-        w = mc.quantize(weight, name, group_size)
+        w = mc.quantize(weight, name, group_size, scale_dtype=one_group.scale_dtype)
         assert w.unpack().scales.shape == (1, 65)
         np.testing.assert_array_equal(w.dequantize("float32"), one_group.dequantize("float32"))
 
@@ -238,13 +242,45 @@ def test_moving_to_numpy_shares_memory_and_to_jax_keeps_the_contents() -> None:
     np.testing.assert_array_equal(mc.matmul(x, in_jax), mc.matmul(x, w))
 
 
-# ---- update_
+def test_what_is_handed_over_once_is_handed_over_again_after_a_write() -> None:
+    w = mc.quantize(gaussian(200, 70, seed=14))
+    handed = w.in_hands_of("jax")
+    assert isinstance(handed.packed, jax.Array)
+    assert w.in_hands_of("jax") is handed
+    w.update_(gaussian(200, 70, seed=15))
+    assert_same_weight(w.in_hands_of("jax"), w)
+    handed = w.in_hands_of("jax")
+    w.mark_written()
+    assert w.in_hands_of("jax") is not handed
+
+
+def test_a_weight_is_a_tree_of_named_arrays() -> None:
+    w = mc.quantize(gaussian(200, 70, seed=14))
+    assert list(w.parts) == list(w.spec.parts) == ["packed", "output_scales"]
+    again = mc.QuantizedTensor.of_tree(w.whole, w.tree.values())
+    assert again.packed is w.packed
+    assert_same_weight(again, w)
+    with pytest.raises(TypeError, match="of int4 weights there are packed, output_scales"):
+        mc.QuantizedTensor(w.spec, w.packed, permutation=w.packed)
+    with pytest.raises(ValueError, match=r"output_scales is float32\(3,\); .* needs float32\(128,\)"):
+        mc.QuantizedTensor(w.spec, w.packed, output_scales=np.ones(3, np.float32))
 
 
 @every_format
+def test_copies_and_pickles_are_the_same_weight(name: str) -> None:
+    w = mc.quantize(gaussian(200, 70, seed=14), name)
+    for same in (w.to("numpy"), w.to("cpu"), w.to("jax").to("numpy"), copy.deepcopy(w), pickle.loads(pickle.dumps(w))):
+        assert_same_weight(same, w)
+        np.testing.assert_array_equal(same.dequantize("float32"), w.dequantize("float32"))
+
+
+# ---- update_
+
+
+@every_group(-1, 64)
 @pytest.mark.parametrize("search", ["absmax", "mse"])
-def test_update_writes_into_the_same_memory(name: str, search: str) -> None:
-    size = FORMATS[name].group(64)
+def test_update_writes_into_the_same_memory(name: str, group_size: int, search: str) -> None:
+    size = group_size
     w = mc.quantize(gaussian(200, 70, seed=16), name, size)
     address = w.packed.ctypes.data
     other = gaussian(200, 70, seed=17)
@@ -558,10 +594,7 @@ def test_saving_over_a_folder_fails_and_leaves_nothing(tmp_path: Path) -> None:
 # ---- shards
 
 
-@pytest.mark.parametrize(
-    ("name", "group_size"),
-    dict.fromkeys(way[:2] for way in ways(-1, 16, 96, 128, 384) if way[1] not in FORMATS[way[0]].output_scales),
-)
+@every_group(-1, 16, 96, 128, 384)
 def test_cut_weights_are_the_cut_matrix(name: str, group_size: int) -> None:
     w = mc.quantize(gaussian(900, 200, seed=1), name, group_size)
     dense = w.dequantize("float32")

@@ -30,6 +30,7 @@ from marlin_cupy.timing import Summary
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")  # of its own import
     import torch
+    from torch.utils._python_dispatch import TorchDispatchMode
 
     from marlin_cupy.bench import report, stack, torch_stack
     from marlin_cupy.compilers import torch as compiler
@@ -70,7 +71,7 @@ def same(a: torch.Tensor, b: torch.Tensor) -> bool:
 def operands(w: mc.QuantizedTensor, x: torch.Tensor, bias: torch.Tensor | None = None) -> tuple[Any, ...]:
     """Arguments of the operator."""
     spec = w.spec
-    return x, w.packed, None, bias, spec.format, *spec.shape, spec.group_size, spec.scale_dtype, False, True
+    return x, compiler.given(w.parts), bias, spec.format, *spec.shape, spec.group_size, spec.scale_dtype, False, True
 
 
 # ---- the operators
@@ -99,8 +100,46 @@ def test_opcheck(dtype: str, grad: bool) -> None:
     for arguments in (operands(w, x), operands(w, x, bias.requires_grad_(grad)), operands(w, x.detach()[None])):
         torch.library.opcheck(torch.ops.marlin_cupy.matmul, arguments)
     y = activations(3, dtype, N).requires_grad_(grad)
-    arguments = (y, w.packed, None, *operands(w, x)[4:9])
+    arguments = (y, compiler.given(w.parts), *operands(w, x)[3:8])
     torch.library.opcheck(torch.ops.marlin_cupy.matmul_transposed, arguments)
+
+
+# ---- eager products: without PyTorch's dispatcher, unless something follows
+
+
+def test_modes_see_the_operator() -> None:
+    seen: list[str] = []
+
+    class Log(TorchDispatchMode):
+        def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            seen.append(str(function))
+            return function(*args, **(kwargs or {}))
+
+    w, x = weight(), activations(3)
+    layer = Linear.from_quantized(w)
+    right = [mc.matmul(x, w), layer(x)]
+    with Log():
+        found = [mc.matmul(x, w), layer(x)]
+    assert seen.count("marlin_cupy.matmul.default") == 2
+    assert all(map(same, found, right))
+
+
+def test_a_transformation_of_torch_func_meets_the_operator() -> None:
+    w, x = weight(), activations(6).reshape(2, 3, K)
+    with pytest.raises(RuntimeError, match="Batching rule not implemented for marlin_cupy::matmul"):
+        torch.func.vmap(lambda x: mc.matmul(x, w))(x)
+
+
+def test_a_layer_notices_other_memory() -> None:
+    x, first, second = activations(3), weight(), mc.quantize(gaussian(K, N, seed=2), "int4", 64).to("torch")
+    layer = Linear.from_quantized(mc.QuantizedTensor(first.spec, first.packed.clone()))
+    assert same(layer(x), mc.matmul(x, first))
+    layer.packed.data = second.packed.data
+    assert same(layer(x), mc.matmul(x, second))
+    layer.packed = first.packed
+    assert same(layer(x), mc.matmul(x, first))
+    copy_of_it = copy.deepcopy(layer)
+    assert same(copy_of_it(x), layer(x))
 
 
 # ---- gradients
@@ -158,8 +197,8 @@ def test_gradients_from_dense_runs_are_put_side_by_side(run_bytes: int, monkeypa
     monkeypatch.setattr(kernels.DEQUANTIZE, "ready", Plan)
     for y in (activations(6, columns=N).reshape(2, 3, N), activations(1, columns=N).expand(4, N)):
         spec = (w.format, *w.shape, w.group_size, w.scale_dtype)
-        found = compiler._transposed_cuda(y, w.packed, torch.ones(N), *spec)
-        expected = compiler._transposed_cpu(y, w.packed, None, *spec)
+        found = compiler._transposed_cuda(y, [w.packed, torch.ones(N)], *spec)
+        expected = compiler._transposed_cpu(y, [w.packed], *spec)
         torch.testing.assert_close(found, expected, rtol=2e-2, atol=2e-2)
 
 
@@ -291,15 +330,23 @@ def test_a_compiled_function_wants_it_in_the_hands_of_pytorch() -> None:
 @every_dtype
 def test_a_layer_is_the_quantized_product(name: str, dtype: str) -> None:
     dense = torch.nn.Linear(K, N, dtype=getattr(torch, dtype))
-    layer = Linear.from_linear(dense, name, 64)
+    size = FORMATS[name].group(64)
+    layer = Linear.from_linear(dense, name, size)
     x = activations(5, dtype)
-    expected = mc.quantize(dense.weight.T, name, 64)
+    expected = mc.quantize(dense.weight.T, name, size)
     assert same(layer(x).detach(), mc.matmul(x, expected, dense.bias.detach()))
     assert torch.equal(layer.packed, expected.to("torch").packed)
     assert layer.quantized.packed.data_ptr() == layer.packed.data_ptr()
     assert layer.bias is dense.bias
-    for part in (name, "in_features=200", "out_features=70", "group_size=64", f"scale_dtype={dtype}", "bias=True"):
+    for part in (
+        name,
+        "in_features=200",
+        "out_features=70",
+        f"group_size={size}",
+        f"scale_dtype={expected.scale_dtype}",
+    ):
         assert part in repr(layer)
+    assert "bias=True" in repr(layer)
     assert Linear.from_linear(torch.nn.Linear(K, N, bias=False).half())(activations(5)).shape == (5, N)
 
 
@@ -383,6 +430,56 @@ def test_a_state_travels_through_files(tmp_path: Path) -> None:
         other = torch.nn.Sequential(Linear(K, N, group_size=64))
         other.load_state_dict(state)
         assert same(other(activations(5)), model(activations(5)))
+
+
+def test_scales_of_outputs_are_part_of_the_state(tmp_path: Path) -> None:
+    w = weight("fp8_e4m3", -1)
+    layer = Linear.from_quantized(w, torch.ones(N, dtype=torch.float16))
+    x, expected = activations(5), layer(activations(5))
+    assert same(expected, mc.matmul(x, w, torch.ones(N, dtype=torch.float16)))
+    assert set(layer.state_dict()) == {"packed", "output_scales", "bias", "_extra_state"}
+    for other in (
+        Linear(K, N, format="fp8_e4m3"),
+        copy.deepcopy(layer),
+        pickle.loads(pickle.dumps(layer)),
+        layer.bfloat16().half(),
+    ):
+        other.load_state_dict(layer.state_dict())
+        assert other.output_scales is not None
+        assert other.output_scales.dtype == torch.float32
+        assert same(other(x), expected)
+    lacking = {name: value for name, value in layer.state_dict().items() if name != "output_scales"}
+    with pytest.raises(RuntimeError, match="output_scales"):
+        layer.load_state_dict(lacking)
+    with torch.no_grad():
+        assert layer.output_scales is not None
+        layer.output_scales.mul_(2)
+    layer.mark_written()
+    assert same(layer(x), mc.matmul(x, layer.quantized, layer.bias.detach()))
+    assert not same(layer(x), expected)
+
+
+@pytest.mark.parametrize(
+    ("group_size", "options"), [(-1, {}), (128, {"scale": "block"})], ids=["scales of outputs", "options"]
+)
+def test_a_model_of_such_layers_comes_back_from_its_file(
+    group_size: int, options: dict[str, str], tmp_path: Path
+) -> None:
+    w = mc.quantize(gaussian(256, 128, seed=3), "fp8_e4m3", group_size, **options)
+    quantized, path = torch.nn.Sequential(Linear.from_quantized(w)), tmp_path / "model.safetensors"
+    save_quantized(quantized, path)
+    x = activations(5, columns=256)
+    other = torch.nn.Sequential(torch.nn.Linear(256, 128, bias=False))
+    load_quantized_(other, path)
+    assert same(other(x), quantized(x))
+    data = bytearray(path.read_bytes())
+    length = int.from_bytes(data[:8], "little")
+    for name in [name for name in json.loads(data[8 : 8 + length]) if name in ("0.packed", "0.output_scales")]:
+        damaged = bytearray(data)
+        damaged[8 + length + json.loads(data[8 : 8 + length])[name]["data_offsets"][0]] ^= 1
+        path.write_bytes(damaged)
+        with pytest.raises(mc.FileFormatError, match="0 does not hold what it says: the checksum"):
+            load_quantized_(other, path)
 
 
 def _other(**changes: Any) -> dict[str, Any]:

@@ -17,9 +17,10 @@ import pytest
 from cases import FORMATS, GPUS, HALF, gaussian, product_of, rows
 
 import marlin_cupy as mc
-from marlin_cupy import api, device, kernels, progress, tuning
+from marlin_cupy import api, device, kernels, progress, ready, tuning
 from marlin_cupy.jit import cache, launch
 from marlin_cupy.kernels import Candidate, Operand, Problem, tuned
+from marlin_cupy.placed import Placed
 from marlin_cupy.spec import Spec
 
 H200 = dataclasses.replace(GPUS["sm_90a"], name="NVIDIA H200", memory_gbs=4916.0)
@@ -52,7 +53,7 @@ def on_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     def as_if(M: int, x: Operand, w: Spec, y: str, _: None, batch_invariant: bool = False) -> Problem:
         return Problem(M, x, w, y, H200, batch_invariant)
 
-    monkeypatch.setattr(api, "Problem", as_if)
+    monkeypatch.setattr(ready, "Problem", as_if)
 
 
 # ---- what is predicted
@@ -263,15 +264,15 @@ def test_plans_of_every_weight_are_made_again_after_tuning(
     monkeypatch.setattr(kernels.GEMM, "plan", plan)
     weights = [mc.quantize(gaussian(256, 192, seed)) for seed in range(2)]
     for w in weights * 3:
-        api.plan_of(w, 16, "float16")
-        api.plan_of(w, 1, "float16")
+        kernels.GEMM.ready(api.problem_of(w, 16, "float16"))
+        kernels.GEMM.ready(api.problem_of(w, 1, "float16"))
     assert len(made) == 2
     asked = api.problem_of(weights[0], 16, "float16")
     slow = kernels.GEMM.candidates(asked)[-1]
     kernels.GEMM.remember(asked, {slow.key: 1.0})
     for w in weights * 3:
-        assert api.plan_of(w, 16, "float16") == str(slow)
-        api.plan_of(w, 1, "float16")
+        assert kernels.GEMM.ready(api.problem_of(w, 16, "float16")) == str(slow)
+        kernels.GEMM.ready(api.problem_of(w, 1, "float16"))
     assert len(made) == 4
 
 
@@ -448,10 +449,8 @@ def test_the_rig_times_what_is_right_and_reports_what_is_not(
         def __init__(self, candidate: Candidate) -> None:
             self.factor = 2 if candidate.key == wrong.key else 1
 
-        def multiply(
-            self, framework: Any, x: Any, w: mc.QuantizedTensor, bias: None, out: Any, dependent: bool
-        ) -> None:
-            values = w.dequantize("float32") * self.factor
+        def multiply(self, framework: Any, x: Any, w: Placed, bias: None, out: Any, dependent: bool) -> None:
+            values = np.concatenate([values for _, values in w.blocks()], axis=1) * self.factor
             out[...] = (x.astype(np.float32) @ values).astype(out.dtype)
 
     monkeypatch.setattr(kernels.GEMM, "plan", lambda asked, candidate: Multiplies(candidate))
@@ -527,7 +526,7 @@ def test_warmup_compiles_each_kernel_once_and_fills_the_plans(
     loaded.clear()
     for w in weights:
         for m in (1, 2, 16, 64):
-            api.plan_of(w, m, "float16")
+            kernels.GEMM.ready(api.problem_of(w, m, "float16"))
     assert not loaded
     assert mc.warmup(iter(weights[:1]), 1, dtype="bfloat16") == 1
 

@@ -28,10 +28,10 @@ from marlin_cupy.bench import report
 from marlin_cupy.bench.contenders import Ours, Setup, activations
 from marlin_cupy.bench.shapes import LLAMA, Shape, parse
 from marlin_cupy.device import Gpu, gpu, gpu_count, import_cupy, no_gpu
-from marlin_cupy.formats.scalars import FLOAT16, HALF_DTYPES
 from marlin_cupy.kernels import Candidate, Operand, Problem, measured
 from marlin_cupy.kernels.cuda import ProductKernel
 from marlin_cupy.progress import bar
+from marlin_cupy.scalars import F16, HALF_NAMES
 from marlin_cupy.spec import Spec
 from marlin_cupy.timing import CupyRun, EventTimer, Sampling, interleave, prepare
 
@@ -109,7 +109,7 @@ def measure(setup: Setup, ms: Sequence[int], names: Sequence[str], most: int) ->
         graphs = {}
         for each in chosen(problem, names, most):
             plan = kernels.GEMM.plan(problem, each)
-            steps = [functools.partial(plan.multiply, frameworks.of(x), x, w, None, y, False) for w in weights]
+            steps = [functools.partial(plan.multiply, frameworks.of(x), x, w.placed, None, y, False) for w in weights]
             graphs[each.key] = prepare(CupyRun(setup.stream, steps, None), time, _SAMPLING)
         us = {key: summary.median for key, summary in interleave(graphs, time, _SAMPLING).items()}
         shape = setup.shape
@@ -139,7 +139,7 @@ def main() -> int:
     parser.add_argument("--m", type=int, action="append", help=f"rows of x, repeatable; {M_VALUES} if not given")
     parser.add_argument("--format", action="append", choices=formats.names(), help="repeatable; int4 if not given")
     parser.add_argument("--group-size", type=int, action="append", help="repeatable; the format's default if not given")
-    parser.add_argument("--dtype", action="append", choices=HALF_DTYPES, help="repeatable; float16 if not given")
+    parser.add_argument("--dtype", action="append", choices=HALF_NAMES, help="repeatable; float16 if not given")
     parser.add_argument("--kernel", action="append", default=[], help="repeatable; all that have a model if not given")
     parser.add_argument("--most", type=int, default=_MOST, help=f"candidates of a kernel in a cell; {_MOST}")
     options = parser.parse_args()
@@ -151,7 +151,7 @@ def main() -> int:
     layers: Sequence[Shape] = options.layer or LLAMA
     wanted = [
         (layer, format, group_size, dtype)
-        for layer, format, dtype in itertools.product(layers, options.format or ["int4"], options.dtype or [FLOAT16])
+        for layer, format, dtype in itertools.product(layers, options.format or ["int4"], options.dtype or [F16.name])
         for group_size in options.group_size or [formats.get(format).default_group_size]
     ]
     with cupy.cuda.Stream(non_blocking=True) as stream, bar("measuring", len(wanted), True) as begin:

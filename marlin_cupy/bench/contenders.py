@@ -15,7 +15,6 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
-import ml_dtypes
 import numpy
 
 from marlin_cupy import formats, frameworks, kernels
@@ -23,10 +22,10 @@ from marlin_cupy.api import matmul, problem_of
 from marlin_cupy.bench import read_floor
 from marlin_cupy.bench.shapes import Shape
 from marlin_cupy.device import Gpu, import_cupy, namespace
-from marlin_cupy.formats.scalars import BFLOAT16, FLOAT16, from_bits, to_bits
 from marlin_cupy.kernels import Candidate, Problem
 from marlin_cupy.numerics import normal_bound, unstated_bound
 from marlin_cupy.quantizing import quantize
+from marlin_cupy.scalars import F16, by_name
 from marlin_cupy.tensor import QuantizedTensor
 from marlin_cupy.timing import CupyRun, EventTimer, Replay, Run, copies, is_cold
 
@@ -38,7 +37,6 @@ OURS, FLOOR, CUBLAS, TINYGEMM, HUMMING = "marlin_cupy", "read_floor", "cublas", 
 #: A relative error so many times the bound of our kernel is called wrong: what it is compared with is rounded too.
 _SLACK = 2
 
-_NUMPY_DTYPES = {FLOAT16: numpy.dtype(numpy.float16), BFLOAT16: numpy.dtype(ml_dtypes.bfloat16)}
 _NAN_BITS = 0x7FFF  # NaN in float16 and in bfloat16
 _CHUNK = 1 << 26
 _COLUMNS_AT_ONCE = 4096
@@ -122,14 +120,12 @@ class Ours(Contender):
         cupy = import_cupy("the benchmark")
         K, N = setup.shape.K, setup.shape.N
         weight = cupy.empty((K, N), dtype=numpy.float16)
-        fill_normal(weight, FLOAT16, 1 / math.sqrt(K))
+        fill_normal(weight, F16.name, 1 / math.sqrt(K))
         format, group_size = formats.get(setup.format), setup.group_size
         size = format.default_group_size if group_size is None else group_size
         scale_dtype = format.checked_scale_dtype(None, setup.dtype, size)
         first = quantize(weight, setup.format, size, **{"scale_dtype": scale_dtype, **setup.options})
-        self.weights = self._cold(
-            first, first.nbytes, lambda w: QuantizedTensor(w.spec, w.packed.copy(), output_scales=w.range_factors)
-        )
+        self.weights = self._cold(first, first.nbytes, _copied)
         self.description = f"marlin_cupy.matmul, {setup.format} weights with {first.scale_dtype} scales, out= given"
         if setup.options:
             self.description += f", quantized with {', '.join(f'{k}={v!r}' for k, v in setup.options.items())}"
@@ -174,7 +170,7 @@ class Ours(Contender):
         else:
             plan = kernels.GEMM.plan(self._problem(m), self._candidate(m))
             steps = [
-                functools.partial(plan.multiply, frameworks.of(x), x, weight, None, y, dependent)
+                functools.partial(plan.multiply, frameworks.of(x), x, weight.placed, None, y, dependent)
                 for weight in self.weights
             ]
         return CupyRun(self._setup.stream, steps, functools.partial(_error, self._setup.dtype, x, y, self._dense))
@@ -224,7 +220,7 @@ class CupyCublas(Contender):
             raise UnavailableError(f"CuPy cannot load cuBLAS: {reason}")
         cupy = import_cupy("the benchmark")
         K, N = setup.shape.K, setup.shape.N
-        first = cupy.empty((N, K), dtype=_NUMPY_DTYPES[setup.dtype])
+        first = cupy.empty((N, K), dtype=by_name(setup.dtype).dtype)
         fill_normal(first, setup.dtype, 1 / math.sqrt(K))
         self._weights = self._cold(first, first.nbytes, lambda weight: weight.copy())
         self.description = f"cupy.dot(x, W.T), {setup.dtype} weights stored as (N, K)"
@@ -242,12 +238,17 @@ class CupyCublas(Contender):
         return as_float32(self._weights[0], self._setup.dtype).T
 
 
+def _copied(w: QuantizedTensor) -> QuantizedTensor:
+    """In memory of its own."""
+    return QuantizedTensor(w.spec, **{name: part.copy() for name, part in w.parts.items() if part is not None})
+
+
 def activations(setup: Setup, m: int) -> tuple[Array, Array]:
     """x (M, K), random, and y (M, N)."""
     cupy = import_cupy("the benchmark")
-    x = cupy.empty((m, setup.shape.K), dtype=_NUMPY_DTYPES[setup.dtype])
+    x = cupy.empty((m, setup.shape.K), dtype=by_name(setup.dtype).dtype)
     fill_normal(x, setup.dtype, 1.0)
-    return x, cupy.empty((m, setup.shape.N), dtype=_NUMPY_DTYPES[setup.dtype])
+    return x, cupy.empty((m, setup.shape.N), dtype=by_name(setup.dtype).dtype)
 
 
 def _error(dtype: str, x: Array, y: Array, dense: Array, graph: Replay) -> float:
@@ -290,7 +291,7 @@ def cublas_missing() -> str | None:
 
 def as_float32(array: Array, dtype: str) -> Array:
     """A contiguous float16 or bfloat16 array as float32."""
-    return from_bits(array.view(numpy.uint16), dtype)
+    return by_name(dtype).from_bits(array.view(numpy.uint16))
 
 
 def fill_normal(array: Array, dtype: str, scale: float) -> None:
@@ -301,7 +302,7 @@ def fill_normal(array: Array, dtype: str, scale: float) -> None:
         part = bits[start : start + _CHUNK]
         values = cupy.empty(part.shape, dtype=numpy.float32)
         _normal()(numpy.uint64(next(_seeds)), numpy.float32(scale), values)
-        part[...] = to_bits(values, dtype)
+        part[...] = by_name(dtype).to_bits(values)
 
 
 @functools.cache

@@ -24,7 +24,7 @@ from marlin_cupy.bench.contenders import (
     Setup,
     UnavailableError,
 )
-from marlin_cupy.formats.scalars import BFLOAT16
+from marlin_cupy.scalars import BF16
 from marlin_cupy.timing import Replay, Run
 
 Tensor = Any  # a torch.Tensor
@@ -166,7 +166,7 @@ class Tinygemm(Contender):
                 f"not K={K}, N={N} with groups of {group}"
             )
         with torch.on_stream():
-            codes, scales, zeros = self._quantize(torch.random(N, K, BFLOAT16, 1 / math.sqrt(K)), group)
+            codes, scales, zeros = self._quantize(torch.random(N, K, BF16.name, 1 / math.sqrt(K)), group)
             pairs = (codes[:, ::2] << 4 | codes[:, 1::2]).contiguous()
             packed = torch.module.ops.aten._convert_weight_to_int4pack(pairs, tiles)
             params = torch.module.stack([scales, zeros], dim=2).transpose(0, 1).contiguous()
@@ -178,7 +178,7 @@ class Tinygemm(Contender):
         self.description = (
             f"torch.ops.aten._weight_int4pack_mm of PyTorch {version}, bfloat16, at most {self._MAX_M} rows"
         )
-        self.dtype = BFLOAT16
+        self.dtype = BF16.name
 
     def _quantize(self, weight: Tensor, group: int) -> tuple[Tensor, Tensor, Tensor]:
         """uint8 codes (N, K), bfloat16 scales and zeros (N, groups), from the extremes of each group."""
@@ -209,7 +209,7 @@ class Tinygemm(Contender):
         """The op allocates its result; the graph's pool keeps it."""
         torch, group = self._torch, self._setup.group_size
         with torch.on_stream():
-            x = torch.random(m, self._setup.shape.K, BFLOAT16, 1.0)
+            x = torch.random(m, self._setup.shape.K, BF16.name, 1.0)
         multiply = torch.module.ops.aten._weight_int4pack_mm
         steps = [functools.partial(multiply, x, packed, group, params) for packed, params in self._weights]
         return TorchRun(torch, x, steps, lambda x32: x32 @ self._dense.t())

@@ -33,10 +33,10 @@ from rich.table import Table
 from marlin_cupy.bench import report
 from marlin_cupy.bench.configs import Times, load, modelled
 from marlin_cupy.device import Gpu
-from marlin_cupy.formats.scalars import FLOAT16
 from marlin_cupy.kernels import Problem, measured
 from marlin_cupy.kernels.cuda import ProductKernel
 from marlin_cupy.kernels.measured import Measured
+from marlin_cupy.scalars import F16
 
 #: Where a number is in a file of kernels/measured: keys, and places in lists.
 Place = tuple[str | int, ...]
@@ -46,7 +46,7 @@ WHATS = DECODE, FINE, COSTS, TILES = "decode", "fine", "costs", "tiles"
 #: What is no time: the shape of a block, and the bounds within which numbers hold.
 _NO_COSTS = ("config", "shapes", "up_to", "beside_bytes")
 #: The format and dtype that costs are of, and the granules that are not fine for it.
-_BASE = "int4", FLOAT16, 128
+_BASE = "int4", F16.name, 128
 
 _STEP = 1e-3  # of a logarithm, for derivatives
 _LARGEST_STEP = 0.5

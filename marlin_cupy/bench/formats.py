@@ -33,9 +33,9 @@ from marlin_cupy.bench.report import DEPENDENT, PLAIN, Report, Row
 from marlin_cupy.bench.run import PROTOCOL, Field, measure, reported
 from marlin_cupy.bench.shapes import Shape
 from marlin_cupy.device import gpu, gpu_count, import_cupy, no_gpu
-from marlin_cupy.formats.scalars import HALF_DTYPES
 from marlin_cupy.progress import bar
 from marlin_cupy.quantizing import quantize
+from marlin_cupy.scalars import HALF_NAMES
 from marlin_cupy.timing import EventTimer, Sampling
 
 #: Gate and up of Llama 3 8B and 70B.
@@ -162,7 +162,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = report.parser("formats", __doc__, m_values=M_VALUES)
     parser.add_argument("--layers", metavar="NAME=KxN", **report.several(LAYERS, "layers"))
     parser.add_argument("--formats", metavar="FORMAT", **report.several(FORMATS, "formats"))
-    parser.add_argument("--dtypes", choices=HALF_DTYPES, **report.several(HALF_DTYPES, "of activations and scales"))
+    parser.add_argument("--dtypes", choices=HALF_NAMES, **report.several(HALF_NAMES, "of activations and scales"))
     parser.add_argument("--launches", choices=(PLAIN, DEPENDENT), **report.several([PLAIN], "ways to launch"))
     parser.add_argument("--sample-ms", type=float, default=Sampling.sample_ms, help="length of a sample")
     options = parser.parse_args(arguments)
@@ -178,7 +178,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if gpu_count() == 0:
         print(no_gpu("The benchmark"))
         return 1
-    dtypes, launches = options.dtypes or HALF_DTYPES, options.launches or [PLAIN]
+    dtypes, launches = options.dtypes or HALF_NAMES, options.launches or [PLAIN]
     return run(layers, ms, weights, dtypes, launches, sampling, options.output)
 
 

@@ -2,7 +2,7 @@
 
 The layer is so small that the GPU is done before the host comes with the next call, so that the time of the loop is
 the time of the host. "Launch" is the same kernel launch with arguments that are packed already: what is left of a
-call when everything that Python does is taken away::
+call when everything that Python does is taken away. For a weight in host memory that is its arithmetic::
 
     python -m marlin_cupy.bench.host_overhead --output host_overhead.json
 """
@@ -10,6 +10,7 @@ call when everything that Python does is taken away::
 from __future__ import annotations
 
 import functools
+import importlib
 import os
 import statistics
 import sys
@@ -30,10 +31,13 @@ from marlin_cupy.bench import report
 from marlin_cupy.device import gpu_count, import_cupy, no_gpu
 from marlin_cupy.frameworks import StreamFramework
 from marlin_cupy.jit.launch import Function
+from marlin_cupy.packing import decoded
 from marlin_cupy.quantizing import quantize
 from marlin_cupy.tensor import QuantizedTensor
 
 K, N, M = 256, 256, 1
+#: Of a weight in host memory.
+HOST_K = HOST_N = 128
 CALLS = 2000
 #: The driver queues about a thousand launches; a burst stays below that, so that the host never waits.
 _BURST = 500
@@ -71,7 +75,7 @@ def measure() -> tuple[list[Overhead], dict[str, str]]:
             missing[library] = f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
             continue
         rows += [_overhead(library, name, call) for name, call in _calls(array, weight)]
-    return rows, missing
+    return [*rows, on_host(x[:, :HOST_K])], missing
 
 
 def _calls(x: Any, weight: QuantizedTensor) -> Iterator[tuple[str, Callable[[], object]]]:
@@ -81,6 +85,24 @@ def _calls(x: Any, weight: QuantizedTensor) -> Iterator[tuple[str, Callable[[], 
     if isinstance(framework, StreamFramework):
         out = framework.empty((M, N), "float16", weight.device)
         yield "matmul(x, w, out=out)", functools.partial(matmul, x, weight, None, out)
+    if framework.name == "torch":
+        layers = importlib.import_module("marlin_cupy.integrations.torch")
+        yield "Linear(x)", functools.partial(layers.Linear.from_quantized(weight), x)
+    if framework.name == "jax":
+        yield "matmul(x, w), w in JAX", functools.partial(matmul, x, weight.to("jax"))
+
+
+def on_host(x: Any) -> Overhead:
+    """A product of NumPy with a weight in host memory, beside its arithmetic: decoding, product and rounding."""
+    rng = numpy.random.default_rng(1)
+    weight = quantize(rng.standard_normal((HOST_K, HOST_N), dtype=numpy.float32), "int4")
+
+    def arithmetic() -> Any:
+        values = decoded(weight.layout, weight.packed, HOST_N)
+        return (x.astype(numpy.float32) @ values).astype(x.dtype)
+
+    us, bare_us = (per_call_us(call, lambda: None) for call in (functools.partial(matmul, x, weight), arithmetic))
+    return Overhead("numpy", f"matmul(x, w), {HOST_K} x {HOST_N} in host memory", us, bare_us)
 
 
 def _overhead(library: str, name: str, call: Callable[[], object]) -> Overhead:
@@ -147,7 +169,7 @@ def show(rows: Sequence[Overhead], missing: dict[str, str], console: Console) ->
     table = Table(title=f"microseconds on the host per call, {M} x {K} x {N}, int4", box=box.SIMPLE_HEAD)
     for heading in ("library", "call"):
         table.add_column(heading)
-    for heading in ("per call", "launch alone", "beyond the launch"):
+    for heading in ("per call", "launch (arithmetic) alone", "beyond it"):
         table.add_column(heading, justify="right")
     for row in rows:
         times = (row.us, row.launch_us, row.beyond_launch_us)
@@ -169,7 +191,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     show(rows, missing, console)
     if options.output is not None:
         measured = [asdict(row) | {"beyond_launch_us": row.beyond_launch_us} for row in rows]
-        header = report.header(shape={"M": M, "K": K, "N": N}, calls=CALLS, missing=missing)
+        shapes = {"shape": {"M": M, "K": K, "N": N}, "shape_in_host_memory": {"M": M, "K": HOST_K, "N": HOST_N}}
+        header = report.header(**shapes, calls=CALLS, missing=missing)
         report.write_json(options.output, {"header": header, "rows": measured})
     return 0
 

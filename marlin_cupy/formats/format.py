@@ -124,7 +124,7 @@ class Format(ABC):
         )
 
     def checked_scale_dtype(self, asked: str | None, like: str, group_size: int) -> str:
-        """``asked``, or for None ``like`` where scales can have it, or else what the format uses.
+        """``asked``, or for None ``like`` if it has 16 bits and scales can have it, or else what the format uses.
 
         ValueError where scales cannot be of type ``asked``.
         """
@@ -132,7 +132,7 @@ class Format(ABC):
         if self.has_output_scales(group_size):
             allowed = [scalars.F32.name]
         if asked is None:
-            return like if like in allowed else allowed[0]
+            return like if like in allowed and like in scalars.HALF_NAMES else allowed[0]
         if asked not in allowed:
             raise ValueError(f"scale_dtype is {asked!r}; scales of {self.name} are {' or '.join(allowed)}.")
         return asked

@@ -44,6 +44,11 @@ def of(array: Any) -> Framework:
     return resolve(array)[0]
 
 
+def is_of(array: Any, framework: Framework) -> bool:
+    """Whether ``array`` is of a type that was found to be of this library."""
+    return _BY_TYPE.get(type(array)) is framework
+
+
 def by_name(name: str) -> Framework:
     """The adapter of a library named as users name it; imports that library.
 
@@ -82,4 +87,4 @@ def _load(name: str) -> Framework:
     return framework
 
 
-__all__ = ["NAMES", "Framework", "StreamFramework", "by_name", "meet", "of", "resolve"]
+__all__ = ["NAMES", "Framework", "StreamFramework", "by_name", "is_of", "meet", "of", "resolve"]

@@ -18,7 +18,6 @@ _DTYPES = {
     "bfloat16": numpy.dtype(ml_dtypes.bfloat16),
     "float32": numpy.dtype(numpy.float32),
 }
-_NAMES = {dtype: name for name, dtype in _DTYPES.items()}
 
 
 class CupyFramework(StreamFramework):
@@ -30,10 +29,6 @@ class CupyFramework(StreamFramework):
         """The GPU that holds the array."""
         return cuda(array.data.device_id)
 
-    def dtype(self, array: Any) -> str:
-        """Name of the NumPy or ml_dtypes type."""
-        return _NAMES.get(array.dtype) or str(array.dtype.name)
-
     def to_native(self, array: Any) -> Any:
         """The array itself."""
         return array
@@ -42,9 +37,17 @@ class CupyFramework(StreamFramework):
         """A CuPy array itself; a NumPy array is copied to the current GPU."""
         return native if isinstance(native, cupy.ndarray) else cupy.asarray(native)
 
+    def index(self, array: Any) -> int:
+        """The number of the GPU that holds the array."""
+        return array.data.device_id  # type: ignore[no-any-return]
+
+    def is_contiguous(self, array: Any) -> bool:
+        """As its flags say, which take ten times as long to ask."""
+        return array._c_contiguous  # type: ignore[no-any-return]
+
     def pointer(self, array: Any) -> int:
         """Device address of the first element."""
-        return int(array.data.ptr)
+        return array.data.ptr  # type: ignore[no-any-return]
 
     def strides(self, array: Any) -> tuple[int, ...]:
         """Strides in elements."""
@@ -57,6 +60,14 @@ class CupyFramework(StreamFramework):
             return cupy.ndarray(shape, _DTYPES[dtype])
         with cupy.cuda.Device(device.index):
             return cupy.ndarray(shape, _DTYPES[dtype])
+
+    def empty_like(self, array: Any, shape: tuple[int, ...]) -> Any:
+        """From CuPy's memory pool; of the array's GPU, where that is not the current one."""
+        made = cupy.ndarray(shape, array.dtype)
+        if made.data.device_id != array.data.device_id:
+            with array.device:
+                made = cupy.ndarray(shape, array.dtype)
+        return made
 
     def stream(self, device: Device) -> int:
         """CuPy's current stream on that GPU."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from abc import ABC, abstractmethod
 from typing import Any, ClassVar
 
@@ -9,6 +10,12 @@ from marlin_cupy.device import Device
 
 Array = Any  # an array of any library
 Native = Any  # a NumPy array in host memory or a CuPy array in GPU memory
+
+
+@functools.cache
+def _name_of(dtype: Any) -> str:
+    """NumPy makes it anew whenever it is asked."""
+    return str(dtype.name)
 
 
 class Framework(ABC):
@@ -20,16 +27,20 @@ class Framework(ABC):
     takes_apart: ClassVar[bool] = False
 
     def meet(self, kind: type) -> None:
-        """Objects of a class with ``whole``, ``parts`` and ``of_parts`` hold arrays; called again and again."""
+        """Objects of a class with ``whole``, ``tree`` and ``of_tree`` hold arrays; called again and again."""
         return None
 
     @abstractmethod
     def device(self, array: Array) -> Device:
         """Where the memory of ``array`` is."""
 
-    @abstractmethod
     def dtype(self, array: Array) -> str:
-        """Name of the element type, as NumPy and ml_dtypes spell it: "float16", "bfloat16", ..."""
+        """Name of the element type, see :meth:`name_of`."""
+        return self.name_of(array.dtype)
+
+    def name_of(self, dtype: Any) -> str:
+        """A dtype as NumPy and ml_dtypes spell it: "float16", "bfloat16", ..."""
+        return _name_of(dtype)
 
     def refuse_writing(self, array: Array, role: str) -> None:
         """TypeError or ValueError if ``array`` cannot be written in place."""
@@ -62,6 +73,14 @@ class StreamFramework(Framework):
     exclusive: ClassVar[bool] = False
 
     @abstractmethod
+    def index(self, array: Array) -> int:
+        """The number of the GPU that holds the array; -1 where none does."""
+
+    @abstractmethod
+    def is_contiguous(self, array: Array) -> bool:
+        """Whether elements follow one another in row-major order."""
+
+    @abstractmethod
     def pointer(self, array: Array) -> int:
         """Device address of the first element."""
 
@@ -72,6 +91,10 @@ class StreamFramework(Framework):
     @abstractmethod
     def empty(self, shape: tuple[int, ...], dtype: str, device: Device) -> Array:
         """Uninitialised array from the library's own allocator, safe while it captures a CUDA graph."""
+
+    @abstractmethod
+    def empty_like(self, array: Array, shape: tuple[int, ...]) -> Array:
+        """As :meth:`empty`, with the dtype and the device of ``array``."""
 
     @abstractmethod
     def stream(self, device: Device) -> int:

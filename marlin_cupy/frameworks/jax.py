@@ -11,9 +11,8 @@ from marlin_cupy.device import CPU, Device, cuda, import_cupy
 from marlin_cupy.errors import DeviceError, UnsupportedError
 from marlin_cupy.frameworks.framework import Framework
 
-#: Classes that are pytrees, and the names of their parts in paths.
+#: Classes that are pytrees.
 _MET: set[type] = set()
-_PARTS = ("packed", "range_factors", "layer")
 
 
 class JaxFramework(Framework):
@@ -29,17 +28,19 @@ class JaxFramework(Framework):
         _MET.add(kind)
         jax.tree_util.register_pytree_with_keys(
             kind,
-            lambda w: (
-                [(jax.tree_util.GetAttrKey(name), part) for name, part in zip(_PARTS, w.parts, strict=True)],
-                w.whole,
-            ),
-            kind.of_parts,
-            lambda w: (w.parts, w.whole),
+            lambda w: ([(jax.tree_util.GetAttrKey(name), leaf) for name, leaf in w.tree.items()], w.whole),
+            kind.of_tree,
+            lambda w: (tuple(w.tree.values()), w.whole),
         )
 
     def follows(self, x: Any, packed: Any, bias: Any | None) -> bool:
-        """All products with a weight in JAX, traced or not, and whatever is traced."""
-        return isinstance(packed, jax.Array) or isinstance(x, jax.core.Tracer) or isinstance(bias, jax.core.Tracer)
+        """All products with a weight in JAX, traced or not, and whatever is traced or on a GPU."""
+        return (
+            isinstance(packed, jax.Array)
+            or isinstance(x, jax.core.Tracer)
+            or isinstance(bias, jax.core.Tracer)
+            or self.device(x) != CPU  # JAX gives memory of x to others unless it launches what reads it
+        )
 
     def device(self, array: Any) -> Device:
         """CPU or the CUDA GPU; UnsupportedError for traced arrays, DeviceError for sharded and other ones."""
@@ -57,10 +58,6 @@ class JaxFramework(Framework):
         if device.platform != "gpu":
             raise DeviceError(f"a JAX array is on platform {device.platform}; arrays on cpu and gpu can be used.")
         return cuda(device.local_hardware_id)
-
-    def dtype(self, array: Any) -> str:
-        """Name of the NumPy or ml_dtypes type."""
-        return str(array.dtype.name)
 
     def refuse_writing(self, array: Any, role: str) -> None:
         """Always."""

@@ -19,10 +19,6 @@ class NumpyFramework(Framework):
         """Always the CPU."""
         return CPU
 
-    def dtype(self, array: Any) -> str:
-        """Name of the NumPy or ml_dtypes type."""
-        return str(array.dtype.name)
-
     def refuse_writing(self, array: Any, role: str) -> None:
         """Read-only arrays."""
         if not array.flags.writeable:

@@ -19,6 +19,12 @@ _BFLOAT16 = numpy.dtype(ml_dtypes.bfloat16)
 #: Tensors with memory of their own; other subclasses are traced, fake, distributed...
 _PLAIN = (torch.Tensor, torch.nn.Parameter)
 
+#: Whether there are modes that see every operator (fake tensors, counters), transformations of torch.func, and what
+#: torch.jit.trace has recorded.
+_modes: Any = torch._C._len_torch_dispatch_stack
+_transforms: Any = torch._C._are_functorch_transforms_active
+_traced: Any = torch._C._get_tracing_state
+
 
 @functools.cache
 def _device(index: int) -> torch.device:
@@ -31,10 +37,21 @@ def _raw_stream_query() -> Any:
     return query or (lambda index: torch.cuda.current_stream(index).cuda_stream)
 
 
+def _product_of(cls: Any, function: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
+    if function.__name__ != "matmul" or kwargs or not isinstance(args[1], cls):
+        return NotImplemented
+    return args[1].__rmatmul__(args[0])
+
+
 class TorchFramework(StreamFramework):
     """Tensors by raw pointer on PyTorch's current stream."""
 
     name = "torch"
+
+    def meet(self, kind: Any) -> None:
+        """Say what ``x @ w`` is: torch.compile traces it no other way, and PyTorch asks this before __rmatmul__."""
+        if "__torch_function__" not in vars(kind):
+            kind.__torch_function__ = classmethod(_product_of)
 
     def __init__(self) -> None:
         self._raw_stream = _raw_stream_query()
@@ -47,17 +64,19 @@ class TorchFramework(StreamFramework):
             raise DeviceError(f"a PyTorch tensor is on {array.device}; tensors on cpu and cuda can be used.")
         return CPU
 
-    def dtype(self, array: Any) -> str:
+    def name_of(self, dtype: Any) -> str:
         """The dtype without its "torch." prefix."""
-        return _NAMES.get(array.dtype) or str(array.dtype).removeprefix("torch.")
+        return _NAMES.get(dtype) or str(dtype).removeprefix("torch.")
 
     def follows(self, x: Any, packed: Any, bias: Any | None) -> bool:
-        """All while torch.compile or torch.export traces; tensors that autograd follows, or that stand for others."""
-        if torch.compiler.is_compiling():
+        """All while something traces or transforms; tensors that autograd follows, or that stand for others."""
+        if torch.compiler.is_compiling() or _modes() or _transforms() or _traced() is not None:
             return True
         graded = torch.is_grad_enabled()
-        for array in (x, packed, bias):
-            if isinstance(array, torch.Tensor) and ((graded and array.requires_grad) or type(array) not in _PLAIN):
+        if type(x) not in _PLAIN or (graded and x.requires_grad):
+            return True
+        for array in (packed, bias):
+            if isinstance(array, torch.Tensor) and (type(array) not in _PLAIN or (graded and array.requires_grad)):
                 return True
         return False
 
@@ -79,9 +98,17 @@ class TorchFramework(StreamFramework):
         with native.device:  # whose current stream PyTorch is to wait for
             return torch.utils.dlpack.from_dlpack(native)
 
+    def index(self, array: Any) -> int:
+        """The number of the GPU that holds the tensor; -1 for one in host memory."""
+        return array.get_device()  # type: ignore[no-any-return]
+
+    def is_contiguous(self, array: Any) -> bool:
+        """As PyTorch says."""
+        return array.is_contiguous()  # type: ignore[no-any-return]
+
     def pointer(self, array: Any) -> int:
         """Device address of the first element."""
-        return int(array.data_ptr())
+        return array.data_ptr()  # type: ignore[no-any-return]
 
     def strides(self, array: Any) -> tuple[int, ...]:
         """Strides in elements."""
@@ -91,9 +118,13 @@ class TorchFramework(StreamFramework):
         """From PyTorch's caching allocator (from the graph's pool while capturing)."""
         return torch.empty(shape, dtype=_DTYPES[dtype], device=_device(device.index))
 
+    def empty_like(self, array: Any, shape: tuple[int, ...]) -> Any:
+        """As :meth:`empty`."""
+        return array.new_empty(shape)
+
     def stream(self, device: Device) -> int:
         """PyTorch's current stream on that GPU."""
-        return int(self._raw_stream(device.index))
+        return self._raw_stream(device.index)  # type: ignore[no-any-return]
 
     def rows(self, array: Any) -> Any:
         """Leading axes folded into one."""

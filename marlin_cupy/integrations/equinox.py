@@ -37,7 +37,7 @@ class Linear(eqx.Module):
 
     Attributes:
         packed: uint8 (ceil(N / 64), ceil(K / 128), slab_bytes).
-        factor_bits: uint32 per output, the bits of the weight's range factors: these are no parameters.
+        factor_bits: uint32 per output, the bits of the weight's output scales: these are no parameters.
         bias: [N] or None.
         spec: what ``packed`` holds.
         dtype: as given.
@@ -50,10 +50,9 @@ class Linear(eqx.Module):
     dtype: Any = eqx.field(static=True)
 
     def __init__(self, w: QuantizedTensor, bias: jax.Array | None = None, *, dtype: Any | None = None) -> None:
-        packed, range_factors, _ = w.parts
-        assert range_factors is not None  # of every weight in JAX
-        self.packed = packed
-        self.factor_bits = _made(lambda factors: factors.view(jnp.uint32), range_factors)
+        assert w.output_scales is not None  # of every weight in JAX
+        self.packed = w.packed
+        self.factor_bits = _made(lambda scales: scales.view(jnp.uint32), w.output_scales)
         self.bias = bias
         self.spec = w.whole
         self.dtype = None if dtype is None else jnp.dtype(dtype)
@@ -92,8 +91,8 @@ class Linear(eqx.Module):
     @property
     def quantized(self) -> QuantizedTensor:
         """The weight."""
-        range_factors = _made(lambda bits: bits.view(jnp.float32), self.factor_bits)
-        return QuantizedTensor.of_parts(self.spec, (self.packed, range_factors, None))
+        output_scales = _made(lambda bits: bits.view(jnp.float32), self.factor_bits)
+        return QuantizedTensor.of_parts(self.spec, {"packed": self.packed, "output_scales": output_scales})
 
     def __call__(self, x: jax.Array, *, key: Any | None = None) -> jax.Array:
         """x: [K], or [..., K], cast to ``dtype``; returns [..., N]. ``key`` is ignored, as eqx.nn.Linear does.

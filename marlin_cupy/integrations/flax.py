@@ -39,16 +39,17 @@ class Linear(nnx.Module):
 
     Attributes:
         packed: variable, uint8 (ceil(N / 64), ceil(K / 128), slab_bytes).
-        range_factors: variable, float32 per output, made from ``packed``.
+        output_scales: variable, float32 per output, see Spec.parts, each of which has a variable.
         bias: nnx.Param [N] or None.
         spec: what ``packed`` holds.
         dtype: as given.
     """
 
+    packed: Packed
+
     def __init__(self, w: QuantizedTensor, bias: Any | None = None, *, dtype: Any | None = None) -> None:
-        packed, range_factors, _ = w.parts
-        self.packed = Packed(packed)
-        self.range_factors = Packed(range_factors)
+        for name, part in w.parts.items():
+            setattr(self, name, Packed(part))
         self.bias = bias if bias is None or isinstance(bias, nnx.Variable) else nnx.Param(bias)
         self.spec: Spec = w.whole
         self.in_features, self.out_features = w.whole.shape
@@ -85,7 +86,7 @@ class Linear(nnx.Module):
     @property
     def quantized(self) -> QuantizedTensor:
         """The weight, of the same arrays."""
-        return QuantizedTensor.of_parts(self.spec, (self.packed.get_value(), self.range_factors.get_value(), None))
+        return QuantizedTensor.of_parts(self.spec, {name: getattr(self, name).get_value() for name in self.spec.parts})
 
     def __call__(self, x: Any) -> Any:
         """x: [..., K], cast to ``dtype``; returns [..., N]. ValueError: another dtype or shape."""

@@ -14,8 +14,9 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from marlin_cupy import frameworks
 from marlin_cupy.compilers.jax import launching
-from marlin_cupy.formats.scalars import FLOAT16, HALF_DTYPES
+from marlin_cupy.files import kept
 from marlin_cupy.layout import SLAB_K, SLAB_N
+from marlin_cupy.packing import derived
 from marlin_cupy.spec import Spec
 from marlin_cupy.tensor import QuantizedTensor
 
@@ -81,14 +82,11 @@ def abstract(
     """
     if not (hasattr(weight, "shape") and hasattr(weight, "dtype")):
         raise TypeError(f"weight is a {type(weight).__name__}; pass jax.ShapeDtypeStruct((K, N), dtype).")
-    dtype = weight.dtype.name
-    spec = Spec.checked(
-        format, tuple(weight.shape), group_size, scale_dtype or (dtype if dtype in HALF_DTYPES else FLOAT16)
+    spec = Spec.checked(format, tuple(weight.shape), group_size, scale_dtype, like=weight.dtype.name)
+    lead = () if layers is None else (layers,)
+    return QuantizedTensor.of_parts(
+        spec, {name: _Shape((*lead, *part.shape), jnp.dtype(part.dtype)) for name, part in spec.parts.items()}
     )
-    lead, shape = () if layers is None else (layers,), spec.layout.packed_shape
-    packed = _Shape((*lead, *shape), jnp.uint8)
-    range_factors = _Shape((*lead, shape[0] * SLAB_N), jnp.float32)
-    return QuantizedTensor.of_parts(spec, (packed, range_factors, None))
 
 
 def partition_specs(w: QuantizedTensor, mesh: Mesh, spec: PartitionSpec) -> QuantizedTensor:
@@ -109,9 +107,13 @@ def partition_specs(w: QuantizedTensor, mesh: Mesh, spec: PartitionSpec) -> Quan
     axes_k, axes_n = (*spec, None, None)[:2]
     for axis, axes in enumerate((axes_k, axes_n)):
         w.whole.equal_part(axis, _count(mesh, axes))
-    lead = (None,) * (len(w.packed.shape) - 3)
+    lead, cut = (None,) * (len(w.packed.shape) - 3), {"N": axes_n, "K": axes_k}
     return QuantizedTensor.of_parts(
-        w.whole, (_PartitionSpec(*lead, axes_n, axes_k, None), _PartitionSpec(*lead, axes_n), None)
+        w.whole,
+        {
+            name: _PartitionSpec(*lead, *(cut.get(axis or "") for axis in part.axes))
+            for name, part in w.whole.parts.items()
+        },
     )
 
 
@@ -122,12 +124,9 @@ def shard(w: QuantizedTensor, mesh: Mesh, spec: PartitionSpec) -> QuantizedTenso
     :func:`partition_specs`. Where the mesh has devices of other processes, each of these has to call it with the same.
     Of an :func:`abstract` weight it makes the shapes of the whole, with their shardings.
     """
-    specs = partition_specs(w, mesh, spec)
-    parts = [
-        _spread(part, NamedSharding(mesh, of_part))
-        for part, of_part in zip(in_jax(w).parts[:2], specs.parts[:2], strict=True)
-    ]
-    return QuantizedTensor.of_parts(w.whole, (*parts, None))
+    specs: dict[str, Any] = partition_specs(w, mesh, spec).parts
+    parts = {name: _spread(part, NamedSharding(mesh, specs[name])) for name, part in in_jax(w).parts.items()}
+    return QuantizedTensor.of_parts(w.whole, parts)
 
 
 def from_shares(like: QuantizedTensor, share: Callable[[slice, slice], QuantizedTensor]) -> QuantizedTensor:
@@ -144,43 +143,50 @@ def from_shares(like: QuantizedTensor, share: Callable[[slice, slice], Quantized
     Raises:
         ValueError: ``like`` does not say where, or what ``share`` gave is not that share. TypeError: it is no weight.
     """
-    sharding, of_factors = (getattr(part, "sharding", None) for part in like.parts[:2])
-    if not isinstance(sharding, NamedSharding) or not isinstance(of_factors, NamedSharding):
+    shardings: dict[str, Any] = {name: getattr(part, "sharding", None) for name, part in like.parts.items()}
+    if not all(isinstance(sharding, NamedSharding) for sharding in shardings.values()):
         raise ValueError("like does not say where its shares are to be; pass shard(abstract(...), mesh, spec).")
+    sharding = shardings["packed"]
     shape, (K, N) = tuple(like.packed.shape), like.whole.shape
     places: Any = sharding.addressable_devices_indices_map(shape)
     holders: dict[Any, list[Any]] = {}  # by where in packed their share begins and ends
     for device, index in places.items():
         n, k = (run.indices(size)[:2] for run, size in zip(index[-3:-1], shape[-3:-1], strict=True))
         holders.setdefault((*n, *k), []).append(device)
-    arrays: list[jax.Array] = []
+    arrays: dict[str, list[jax.Array]] = {name: [] for name in kept(like.whole)}
     for (n, n_end, k, k_end), devices in holders.items():
         rows, columns = slice(k * SLAB_K, min(k_end * SLAB_K, K)), slice(n * SLAB_N, min(n_end * SLAB_N, N))
-        packed = _checked_share(like, rows, columns, share(rows, columns))
-        arrays += [jax.device_put(packed, device) for device in devices]
-        del packed  # before the next one is made
-    whole = jax.make_array_from_single_device_arrays(shape, sharding, arrays)
-    range_factors = _range_factors(like.whole, len(shape), of_factors)(whole)
-    return QuantizedTensor.of_parts(like.whole, (whole, range_factors, None))
+        found = _checked_share(like, rows, columns, share(rows, columns))
+        for name, of_name in arrays.items():
+            of_name += [jax.device_put(found.parts[name], device) for device in devices]
+        del found  # before the next one is made
+    whole: dict[str, Any] = like.parts
+    parts: dict[str, Any] = {
+        name: jax.make_array_from_single_device_arrays(tuple(whole[name].shape), shardings[name], of_name)
+        for name, of_name in arrays.items()
+    }
+    of_derived = {name: shardings[name] for name in like.whole.parts if name not in arrays}
+    parts |= _derived(like.whole, len(shape), tuple(of_derived.items()))(parts["packed"]) if of_derived else {}
+    return QuantizedTensor.of_parts(like.whole, parts)
 
 
-def _checked_share(like: QuantizedTensor, rows: slice, columns: slice, found: QuantizedTensor) -> Any:
-    """What is packed in ``found``, in JAX; ValueError or TypeError if that is not what is there of ``like``."""
+def _checked_share(like: QuantizedTensor, rows: slice, columns: slice, found: QuantizedTensor) -> QuantizedTensor:
+    """``found`` in JAX; ValueError or TypeError if that is not what is there of ``like``."""
     if not isinstance(found, QuantizedTensor):
         raise TypeError(f"share({rows}, {columns}) gave a {type(found).__name__}; it has to give a QuantizedTensor.")
     spec, _ = like.whole.cut(rows, columns)
     shape = (*like.packed.shape[:-3], *spec.layout.packed_shape)
     if found.whole != spec or tuple(found.packed.shape) != shape:
-        wanted = QuantizedTensor.of_parts(spec, (_Shape(shape, jnp.uint8), None, None))
+        wanted = QuantizedTensor.of_parts(spec, {"packed": _Shape(shape, jnp.uint8)})
         raise ValueError(f"share({rows}, {columns}) gave {found!r}; it has to give {wanted!r}.")
-    return in_jax(found).packed
+    return in_jax(found)
 
 
 @functools.cache
-def _range_factors(whole: Spec, rank: int, sharding: NamedSharding) -> Any:
-    """A program that makes them from what is packed; devices that split K exchange their largest scales for it."""
-    make = whole.layout.range_factors
-    return jax.jit(make if rank == 3 else jax.vmap(make), out_shardings=sharding)
+def _derived(whole: Spec, rank: int, shardings: tuple[tuple[str, NamedSharding], ...]) -> Any:
+    """A program that makes parts from what is packed; devices that split K exchange their largest scales for it."""
+    make = functools.partial(derived, whole)
+    return jax.jit(make if rank == 3 else jax.vmap(make), out_shardings=dict(shardings))
 
 
 def in_jax(w: QuantizedTensor) -> QuantizedTensor:

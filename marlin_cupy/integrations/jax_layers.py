@@ -9,10 +9,10 @@ import jax.numpy as jnp
 
 from marlin_cupy import matmul
 from marlin_cupy.device import CPU
-from marlin_cupy.formats.scalars import HALF_DTYPES
 from marlin_cupy.integrations.jax import abstract, in_jax
 from marlin_cupy.integrations.replacing import free_cupy_memory
 from marlin_cupy.quantizing import quantize
+from marlin_cupy.scalars import HALF_NAMES
 from marlin_cupy.tensor import QuantizedTensor
 
 Array = Any  # a JAX array, traced or not
@@ -49,9 +49,9 @@ def given(w: QuantizedTensor, bias: Any | None) -> QuantizedTensor:
 def product(x: Array, w: QuantizedTensor, bias: Array | None, dtype: Any | None) -> Array:
     """x @ W + bias, where x is cast to ``dtype`` if that is not None, and the bias to what x then is."""
     x = jnp.asarray(x, dtype)
-    if x.dtype.name not in HALF_DTYPES:
+    if x.dtype.name not in HALF_NAMES:
         raise ValueError(
-            f"x is {x.dtype.name}; use {' or '.join(HALF_DTYPES)}, or make the layer with dtype=jnp.bfloat16, "
+            f"x is {x.dtype.name}; use {' or '.join(HALF_NAMES)}, or make the layer with dtype=jnp.bfloat16, "
             "to which it then casts."
         )
     y: Array = matmul(x, w, None if bias is None else bias.astype(x.dtype))

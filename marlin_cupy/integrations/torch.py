@@ -10,7 +10,7 @@ from __future__ import annotations
 import functools
 import json
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -18,15 +18,20 @@ import safetensors
 import safetensors.torch
 import torch
 
-from marlin_cupy.compilers.torch import multiply
+from marlin_cupy.compilers.torch import given, multiply
 from marlin_cupy.errors import FileFormatError
-from marlin_cupy.files import METADATA_KEY, check_packed, described, whole_file
+from marlin_cupy.files import METADATA_KEY, check_parts, described, kept, whole_file
+from marlin_cupy.frameworks.torch import FRAMEWORK
 from marlin_cupy.integrations import replacing
 from marlin_cupy.integrations.replacing import Filter, Place, Report, free_cupy_memory, replace
+from marlin_cupy.placed import Placed
 from marlin_cupy.quantizing import quantize
+from marlin_cupy.scalars import HALF_NAMES
 from marlin_cupy.spec import Spec
 from marlin_cupy.tensor import QuantizedTensor
 
+#: Whether there is autocast on any device.
+_any_autocast: Any = torch._C._is_any_autocast_enabled
 _STATE = "_extra_state"  # PyTorch's name for what get_extra_state returns
 L = TypeVar("L", bound="Linear")
 
@@ -44,19 +49,20 @@ class Linear(torch.nn.Module):
     Args:
         in_features, out_features: K and N.
         bias: whether there is one.
-        format, group_size, scale_dtype: as in :func:`marlin_cupy.quantize`; the scale dtype is that of bias if None.
+        format, group_size, scale_dtype: as in :func:`marlin_cupy.quantize` of a weight of ``dtype``.
         device, dtype: where it is, and the dtype of bias; PyTorch's current device, and float16, if None.
 
     Attributes:
         packed: uint8 buffer (ceil(N / 64), ceil(K / 128), slab_bytes), zeros until something is loaded.
-        range_factors: float32 buffer on a GPU, made from ``packed`` and not saved; None elsewhere.
+        output_scales: float32 buffer. Of a format that has such scales it is saved; else it is made from ``packed`` on
+            a GPU, and None elsewhere. Each of Spec.parts has a buffer.
         bias: parameter [N] or None.
         spec: what ``packed`` holds.
         batch_invariant: as in :func:`marlin_cupy.matmul`; False.
     """
 
     packed: torch.Tensor
-    range_factors: torch.Tensor | None
+    output_scales: torch.Tensor | None
     bias: torch.nn.Parameter | None
 
     def __init__(
@@ -73,25 +79,36 @@ class Linear(torch.nn.Module):
     ) -> None:
         dtype = dtype or torch.float16
         shape = in_features, out_features
-        spec = Spec.checked(format, shape, group_size, scale_dtype or str(dtype).removeprefix("torch."))
-        packed = torch.zeros(spec.layout.packed_shape, dtype=torch.uint8, device=device)
-        values = torch.nn.Parameter(torch.zeros(out_features, dtype=dtype, device=device)) if bias else None
-        self._set(spec, packed, None, values)
+        like = str(dtype).removeprefix("torch.")
+        if scale_dtype is None and like not in HALF_NAMES:
+            raise ValueError(
+                f"dtype is {like} and scale_dtype was not given; use {' or '.join(HALF_NAMES)} for either."
+            )
+        spec = Spec.checked(format, shape, group_size, scale_dtype, like=like)
+        self._set_zeros(spec, dtype if bias else None, device)
+
+    def _set_zeros(self, spec: Spec, bias: torch.dtype | None, device: torch.device | str | None) -> None:
+        """What something can be loaded into; ``bias`` is its dtype."""
+        parts: dict[str, torch.Tensor] = {
+            name: torch.zeros(spec.parts[name].shape, dtype=getattr(torch, spec.parts[name].dtype), device=device)
+            for name in kept(spec)
+        }
+        zeros = None if bias is None else torch.nn.Parameter(torch.zeros(spec.shape[1], dtype=bias, device=device))
+        self._set(spec, parts, zeros)
         self.mark_written()
 
     def _set(
         self,
         spec: Spec,
-        packed: torch.Tensor,
-        range_factors: torch.Tensor | None,
+        parts: Mapping[str, torch.Tensor | None],
         bias: torch.nn.Parameter | None,
     ) -> None:
         super().__init__()
         self.spec = spec
         self.in_features, self.out_features = spec.shape
         self.batch_invariant = False
-        self.register_buffer("packed", packed)
-        self.register_buffer("range_factors", range_factors, persistent=False)
+        for name, part in spec.parts.items():
+            self.register_buffer(name, parts.get(name), persistent=not part.derived)
         self.register_parameter("bias", bias)
 
     @classmethod
@@ -112,7 +129,7 @@ class Linear(torch.nn.Module):
         if bias is not None and not isinstance(bias, torch.nn.Parameter):
             bias = torch.nn.Parameter(bias.detach())
         layer = cls.__new__(cls)
-        layer._set(w.spec, w.packed, w.range_factors, bias)
+        layer._set(w.spec, w.parts, bias)
         return layer
 
     @classmethod
@@ -149,7 +166,11 @@ class Linear(torch.nn.Module):
     @property
     def quantized(self) -> QuantizedTensor:
         """The weight, over the same memory."""
-        return QuantizedTensor(self.spec, self.packed, range_factors=self.range_factors)
+        return QuantizedTensor(self.spec, **self._parts)
+
+    @property
+    def _parts(self) -> dict[str, torch.Tensor | None]:
+        return {name: getattr(self, name) for name in self.spec.parts}
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """x: float16 or bfloat16[..., K], as bias, on the device of the weight; returns [..., N]."""
@@ -157,11 +178,24 @@ class Linear(torch.nn.Module):
 
     def product(self, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
         """As forward, with another bias or none."""
-        kind = x.device.type
-        if kind in ("cpu", "cuda") and torch.is_autocast_enabled(kind):  # others, meta say, may know no autocast
-            dtype = torch.get_autocast_dtype(kind)
-            x, bias = x.to(dtype), None if bias is None else bias.to(dtype)
-        return multiply(x, self.packed, self.range_factors, bias, self.spec, self.batch_invariant)
+        if torch.compiler.is_compiling() or _any_autocast():
+            kind = x.device.type
+            if kind in ("cpu", "cuda") and torch.is_autocast_enabled(kind):  # others, meta say, may know no autocast
+                dtype = torch.get_autocast_dtype(kind)
+                x, bias = x.to(dtype), None if bias is None else bias.to(dtype)
+        packed = self._buffers["packed"]
+        if FRAMEWORK.follows(x, packed, bias):
+            return multiply(x, given(self._parts), bias, self.spec, self.batch_invariant)
+        y: torch.Tensor = self._placed(packed).multiply(FRAMEWORK, x, bias, None, self.batch_invariant)
+        return y
+
+    def _placed(self, packed: Any) -> Placed:
+        """The weight where it is; found again while its memory is the same."""
+        known = self.__dict__.get("_place")
+        if known is None or known[0] is not packed or known[1] != packed.data_ptr():
+            known = self.__dict__["_place"] = packed, packed.data_ptr(), self.quantized.placed
+        place: Placed = known[2]
+        return place
 
     def extra_repr(self) -> str:
         """For ``print(model)``."""
@@ -175,30 +209,44 @@ class Linear(torch.nn.Module):
 
         See :meth:`marlin_cupy.QuantizedTensor.mark_written`.
         """
+        self.__dict__.pop("_place", None)
+        derived = [name for name, part in self.spec.parts.items() if part.derived]
         if self.packed.is_meta:
-            self.range_factors = None
+            for name in derived:
+                setattr(self, name, None)
             return
-        w = QuantizedTensor(self.spec, self.packed)
-        old, new = self.range_factors, _owned(w.range_factors)
-        if old is None or new is None or old.device != new.device:
-            self.range_factors = new
-        else:
-            old.copy_(new)  # in the same memory, since launches in graphs read it
-        w.writes.mark()
+        w = QuantizedTensor(self.spec, **{name: part for name, part in self._parts.items() if name not in derived})
+        for name in derived:
+            old, new = getattr(self, name), _owned(w.parts[name])
+            if old is None or new is None or old.device != new.device:
+                setattr(self, name, new)
+            else:
+                old.copy_(new)  # in the same memory, since launches in graphs read it
+        w.placed.writes.mark()
 
     # ---- what PyTorch does to modules
 
     def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> Any:
-        packed, factors = self.packed, self.range_factors
-        self.range_factors = None  # not to be cast to another dtype
+        before = self._parts
+        for name, part in self.spec.parts.items():
+            if part.derived:
+                setattr(self, name, None)  # not to be cast to another dtype
         base: Any = super()
         base._apply(fn, recurse)
-        if self.packed.dtype != torch.uint8:  # Module.type() casts whatever it meets
-            self.packed = packed.to(self.packed.device)
-        self.range_factors = factors
-        if self.packed is not packed:
+        for name, array in before.items():
+            now = getattr(self, name)
+            if now is None:
+                setattr(self, name, array)
+            elif array is not None and now.dtype != array.dtype:  # half() and Module.type() cast what they meet
+                setattr(self, name, array.to(now.device))
+        if self.packed is not before["packed"]:
             self.mark_written()
         return self
+
+    def __getstate__(self) -> dict[str, Any]:
+        state = dict(self.__dict__)
+        state.pop("_place", None)  # addresses do not travel
+        return state
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         base: Any = super()
@@ -289,7 +337,7 @@ def _quantized(
         search=search,
         device=None if device is None else _name_of(torch.device(device)),
     ).to("torch")
-    return QuantizedTensor(w.spec, _owned(w.packed), range_factors=_owned(w.range_factors))
+    return QuantizedTensor(w.spec, **{name: _owned(part) for name, part in w.parts.items()})
 
 
 # ---- models
@@ -397,7 +445,10 @@ def save_quantized(model: torch.nn.Module, path: str | os.PathLike[str]) -> None
             first[key] = name
             tensors[name] = value.contiguous()
     description = {
-        "layers": {name: described(layer.spec, layer.packed.cpu().numpy()) for name, layer in layers.items()},
+        "layers": {
+            name: described(layer.spec, {part: getattr(layer, part).cpu().numpy() for part in kept(layer.spec)})
+            for name, layer in layers.items()
+        },
         "same": same,
     }
     with whole_file(path) as temporary:
@@ -435,7 +486,10 @@ def load_quantized_(
         raise FileFormatError(f"{path} is no file of save_quantized ({error!r}); save it again.") from error
     for name, fields in layers.items():
         spec = Spec.of_fields(fields, f"{path}: {name}")
-        check_packed(fields, spec, state[f"{name}.packed"].numpy(), f"{path}: {name}")
+        missing = [part for part in kept(spec) if f"{name}.{part}" not in state]
+        if missing:
+            raise FileFormatError(f"{path} has no {name}.{missing[0]}, which it says it has; save it again.")
+        check_parts(fields, spec, {part: state[f"{name}.{part}"].numpy() for part in kept(spec)}, f"{path}: {name}")
     modules, specs = _named(model), {name: Spec.of_fields(fields, path) for name, fields in layers.items()}
     for name, spec in specs.items():
         module = modules.get(name)
@@ -456,15 +510,9 @@ def load_quantized_(
 
 def _empty(spec: Spec, bias: torch.Tensor | None, device: torch.device) -> Linear:
     """A layer to load into."""
-    return Linear(
-        *spec.shape,
-        bias is not None,
-        format=spec.format,
-        group_size=spec.group_size,
-        scale_dtype=spec.scale_dtype,
-        device=device,
-        dtype=None if bias is None else bias.dtype,
-    )
+    layer = Linear.__new__(Linear)
+    layer._set_zeros(spec, None if bias is None else bias.dtype, device)
+    return layer
 
 
 def _named(model: torch.nn.Module) -> dict[str, torch.nn.Module]:

@@ -26,6 +26,8 @@ _ATTRIBUTE = struct.Struct("=i4xi60x")
 _CONFIG = struct.Struct("=7I4x2QI4x")
 #: The one attribute of a dependent launch, never changed.
 _DEPENDENT = ctypes.create_string_buffer(_ATTRIBUTE.pack(_PROGRAMMATIC_STREAM_SERIALIZATION, 1), _ATTRIBUTE.size)
+_ATTRIBUTES = ctypes.addressof(_DEPENDENT)
+_pack_config = _CONFIG.pack_into
 _COUNTERS_PER_CHUNK = 1 << 18
 #: Counters that a launch can use: the largest number of output tiles with stripes that cut tiles.
 MAX_COUNTERS = 4096
@@ -42,7 +44,6 @@ class Function:
         from cupy_backends.cuda.api import driver, runtime
 
         self._driver, self._runtime = driver, runtime
-        self._launch_ex, self._attributes = _launch_kernel_ex(), ctypes.addressof(_DEPENDENT)
         self.device = device
         self.shared_bytes = shared_bytes
         with _uncaptured(), cupy.cuda.Device(device):
@@ -54,6 +55,13 @@ class Function:
                 driver.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES,
                 max(shared_bytes, most_shared_bytes),
             )
+            self._set(self._function.ptr, driver.ctxGetCurrent(), driver, _launch_kernel_ex())
+
+    def _set(self, pointer: int, context: int, driver: Any, launch_ex: Any) -> None:
+        """What a launch takes: the kernel, the primary context of its GPU, the driver's functions."""
+        self._pointer, self._handle, self._context = pointer, ctypes.c_void_p(pointer), context
+        self._current_context = driver.ctxGetCurrent
+        self._launch_plain, self._launch_ex = driver.launchKernel, launch_ex
 
     def blocks_per_sm(self, threads: int) -> int:
         """How many blocks of this kernel one SM holds."""
@@ -81,25 +89,29 @@ class Function:
                 unconditional, :meth:`launch_dependent` knows when it is safe.
             shared_bytes: dynamic shared memory of a block if not that of the constructor.
         """
-        if self._driver.ctxGetCurrent() == 0 or self._runtime.getDevice() != self.device:
+        if self._current_context() != self._context:  # of another GPU, or none in a thread that has not used one yet
             previous = self._runtime.getDevice()
-            self._runtime.setDevice(self.device)  # binds the primary context to a thread that has none
+            self._runtime.setDevice(self.device)
             try:
-                self.launch(blocks, threads, stream, arguments, dependent, shared_bytes)
+                self._enqueue(blocks, threads, stream, arguments, dependent, shared_bytes or self.shared_bytes)
             finally:
                 self._runtime.setDevice(previous)
-        elif dependent:
-            shared_bytes = shared_bytes or self.shared_bytes
+        else:
+            self._enqueue(blocks, threads, stream, arguments, dependent, shared_bytes or self.shared_bytes)
+
+    def _enqueue(
+        self, blocks: int, threads: int, stream: int, arguments: ArgumentBlock, dependent: bool, shared_bytes: int
+    ) -> None:
+        """In the context of this GPU."""
+        if dependent:
             config, address, parameters = arguments.dependent
-            _CONFIG.pack_into(config, 0, blocks, 1, 1, threads, 1, 1, shared_bytes, stream, self._attributes, 1)
-            code = self._launch_ex(address, self._function.ptr, parameters, None)
+            _pack_config(config, 0, blocks, 1, 1, threads, 1, 1, shared_bytes, stream, _ATTRIBUTES, 1)
+            code = self._launch_ex(address, self._handle, parameters, None)
             if code != 0:
                 raise DeviceError(f"the GPU driver refused a dependent launch: {_error_name(code)}.")
         else:
-            shared_bytes = shared_bytes or self.shared_bytes
-            self._driver.launchKernel(
-                self._function.ptr, blocks, 1, 1, threads, 1, 1, shared_bytes, stream, arguments.parameters, 0
-            )
+            block, given = (threads, 1, 1), arguments.parameters
+            self._launch_plain(self._pointer, blocks, 1, 1, *block, shared_bytes, stream, given, 0)
 
     def launch_dependent(
         self,
@@ -138,7 +150,8 @@ class ArgumentBlock(threading.local):
         self._pointer = ctypes.c_void_p(ctypes.addressof(self.data))
         self.parameters = ctypes.addressof(self._pointer)
         config = ctypes.create_string_buffer(_CONFIG.size)
-        self.dependent = config, ctypes.addressof(config), self.parameters  # one look-up in a thread's own storage
+        # One look-up in a thread's own storage. The driver takes these as they are; numbers would be converted.
+        self.dependent = config, ctypes.byref(config), ctypes.byref(self._pointer)
 
 
 @functools.cache
@@ -219,9 +232,8 @@ def driver_library() -> ctypes.CDLL:
 
 @functools.cache
 def _launch_kernel_ex() -> Any:
-    function = driver_library().cuLaunchKernelEx
-    function.argtypes = [ctypes.c_void_p] * 4
-    return function
+    """Without argument types: launches pass objects of ctypes alone."""
+    return driver_library().cuLaunchKernelEx
 
 
 def _error_name(code: int) -> str:

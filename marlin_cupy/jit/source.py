@@ -6,9 +6,9 @@ import functools
 import re
 from pathlib import Path
 
+from marlin_cupy.scalars import by_name
 from marlin_cupy.spec import Spec
 
-_CPP_TYPES = {"float16": "Float16", "bfloat16": "BFloat16"}
 _INCLUDE = re.compile(r'^\s*#include\s+"([^"]+)"\s*$')
 
 
@@ -48,7 +48,7 @@ def specialized(kernel: str, *preamble: str) -> str:
 
 def scalar(alias: str, dtype: str) -> str:
     """The line that names the C++ type of float16 or bfloat16 values."""
-    return f"using {alias} = {_CPP_TYPES[dtype]};"
+    return f"using {alias} = {by_name(dtype).cpp};"
 
 
 def weight(spec: Spec) -> list[str]:

@@ -9,10 +9,10 @@ import math
 
 from marlin_cupy import formats, scalars
 from marlin_cupy.device import Gpu
-from marlin_cupy.formats.scalars import FLOAT16
 from marlin_cupy.kernels import measured
 from marlin_cupy.kernels.measured import Measured
 from marlin_cupy.kernels.problem import Problem
+from marlin_cupy.scalars import F16
 from marlin_cupy.spec import Spec
 
 #: How sharply the longest of times that overlap decides: the exponent of the norm that adds them up.
@@ -37,7 +37,7 @@ def can_scale(spec: Spec, dtype: str) -> bool:
     """
     if formats.get(spec.format).has_output_scales(spec.group_size):
         return True  # which multiply sums
-    return dtype == FLOAT16 or _digits(spec.scale_dtype) <= _digits(dtype)
+    return dtype == F16.name or _digits(spec.scale_dtype) <= _digits(dtype)
 
 
 def scaling_roundings(spec: Spec, dtype: str) -> int:

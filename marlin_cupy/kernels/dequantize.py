@@ -11,7 +11,6 @@ from math import inf
 from typing import Annotated, Any
 
 from marlin_cupy.device import Gpu
-from marlin_cupy.formats.scalars import HALF_DTYPES
 from marlin_cupy.frameworks import StreamFramework
 from marlin_cupy.jit import launch
 from marlin_cupy.kernels.arguments import Int, Struct, pointer
@@ -20,6 +19,7 @@ from marlin_cupy.kernels.operands import Weight
 from marlin_cupy.kernels.operation import Asked, Candidate, Configuration
 from marlin_cupy.layout import SLAB_K, SLAB_N, Layout
 from marlin_cupy.numerics import Rounding
+from marlin_cupy.scalars import HALF_NAMES
 from marlin_cupy.spec import Spec
 
 #: Bytes of a dense run, where a single slab of K does not take more.
@@ -124,8 +124,8 @@ class Dequantize(CudaKernel[Dense, DensePlan]):
         """Host memory, other dtypes."""
         if problem.gpu is None:
             return "runs on a GPU, and the weight is in host memory"
-        if problem.dtype not in HALF_DTYPES:
-            return f"writes {' or '.join(HALF_DTYPES)}, not {problem.dtype}"
+        if problem.dtype not in HALF_NAMES:
+            return f"writes {' or '.join(HALF_NAMES)}, not {problem.dtype}"
         return None
 
     def candidates(self, problem: Dense) -> list[Candidate]:

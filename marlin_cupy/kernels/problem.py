@@ -8,11 +8,10 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from marlin_cupy.device import Gpu
-from marlin_cupy.formats.scalars import HALF_DTYPES
 from marlin_cupy.frameworks import Framework
 from marlin_cupy.kernels.operation import Asked
+from marlin_cupy.scalars import HALF_NAMES
 from marlin_cupy.spec import Spec
-from marlin_cupy.tensor import QuantizedTensor
 
 
 class Scales(enum.Enum):
@@ -114,8 +113,8 @@ class Problem(Asked):
 def refuses_operands(problem: Problem) -> str | None:
     """What the seams have room for and no kernel serves yet."""
     x = problem.x
-    if x.dtype not in HALF_DTYPES:
-        return f"takes {' or '.join(HALF_DTYPES)} activations, not {x.dtype}"
+    if x.dtype not in HALF_NAMES:
+        return f"takes {' or '.join(HALF_NAMES)} activations, not {x.dtype}"
     if x.scales is not Scales.NONE:
         return f"takes activations by themselves, not with {x.scales.value}"
     if problem.y != x.dtype:
@@ -129,9 +128,7 @@ class Plan(ABC):
     """A kernel made ready for one problem; ``str`` tells its configuration."""
 
     @abstractmethod
-    def multiply(
-        self, framework: Framework, x: Any, w: QuantizedTensor, bias: Any | None, out: Any | None, dependent: bool
-    ) -> Any:
+    def multiply(self, framework: Framework, x: Any, w: Any, bias: Any | None, out: Any | None, dependent: bool) -> Any:
         """``x @ w + bias`` for arrays of ``framework`` on the weight's device that have been checked.
 
         ``dependent`` allows a dependent launch; a kernel that has none ignores it.

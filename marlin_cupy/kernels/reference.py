@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import numpy
 
@@ -12,7 +13,17 @@ from marlin_cupy.frameworks import Framework
 from marlin_cupy.kernels.operation import Candidate, Configuration, Kernel
 from marlin_cupy.kernels.problem import Plan, Problem, refuses_operands
 from marlin_cupy.numerics import Rounding
-from marlin_cupy.tensor import QuantizedTensor
+
+
+class HostWeight(Protocol):
+    """What the reference asks of a weight."""
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(K, N)."""
+
+    def blocks(self) -> Iterator[tuple[slice, Any]]:
+        """The dequantized matrix a run of columns at a time: (columns, float32[K, columns])."""
 
 
 @dataclass(frozen=True)
@@ -41,7 +52,7 @@ class ReferencePlan(Plan):
         return str(self.rows)
 
     def multiply(
-        self, framework: Framework, x: Any, w: QuantizedTensor, bias: Any | None, out: Any | None, dependent: bool
+        self, framework: Framework, x: Any, w: HostWeight, bias: Any | None, out: Any | None, dependent: bool
     ) -> Any:
         """A run of columns at a time."""
         x_host = framework.to_native(x)

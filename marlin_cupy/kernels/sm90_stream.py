@@ -9,7 +9,6 @@ from typing import Annotated, ClassVar
 
 from marlin_cupy.device import Gpu
 from marlin_cupy.formats.integer import AsymmetricInteger, SymmetricInteger
-from marlin_cupy.formats.scalars import FLOAT16
 from marlin_cupy.jit import launch
 from marlin_cupy.kernels import copy_engine, measured
 from marlin_cupy.kernels.arguments import Int, Int64, Struct, TensorMap, pointer
@@ -21,6 +20,7 @@ from marlin_cupy.kernels.operation import Candidate
 from marlin_cupy.kernels.problem import Problem, refuses_operands
 from marlin_cupy.layout import SLAB_K, SLAB_N, Layout
 from marlin_cupy.numerics import Rounding, subnormal_cut
+from marlin_cupy.scalars import F16
 from marlin_cupy.spec import Spec
 
 _ARCH = "sm_90a"
@@ -309,7 +309,7 @@ class Sm90Stream(ProductKernel):
         """Integer codes of 4 bits and less are multiplied in float16 as subnormals."""
         format, dtype = problem.w.layout.format, problem.x.dtype
         are_nibbles = isinstance(format, SymmetricInteger | AsymmetricInteger) and format.bits <= 4
-        cut = subnormal_cut(format.bits) if are_nibbles and dtype == FLOAT16 else 0.0
+        cut = subnormal_cut(format.bits) if are_nibbles and dtype == F16.name else 0.0
         return Rounding(dtype, table=format.table is not None, cut=cut)
 
 

@@ -12,7 +12,6 @@ from dataclasses import dataclass
 from typing import Annotated, ClassVar
 
 from marlin_cupy.device import Gpu
-from marlin_cupy.formats.scalars import FLOAT16
 from marlin_cupy.jit import launch
 from marlin_cupy.kernels import copy_engine, measured
 from marlin_cupy.kernels.arguments import Int, Int64, Struct, TensorMap, pointer
@@ -24,6 +23,7 @@ from marlin_cupy.kernels.operation import Candidate
 from marlin_cupy.kernels.problem import Problem, refuses_operands
 from marlin_cupy.layout import SLAB_K, SLAB_N, Layout
 from marlin_cupy.numerics import Rounding
+from marlin_cupy.scalars import F16
 from marlin_cupy.spec import Spec
 
 _ARCH = "sm_90a"
@@ -351,7 +351,7 @@ def invariant_split(layout: Layout, gpu: Gpu) -> tuple[int, int]:
     def cost(split: tuple[int, int]) -> float:
         product = 1.0
         for m in _INVARIANT_MS:
-            product *= invariant_options(m, layout, gpu, FLOAT16, split)[0][0]
+            product *= invariant_options(m, layout, gpu, F16.name, split)[0][0]
         return product
 
     return min(dict.fromkeys((each.config.wgs_k, each.config.cluster) for each in configs(layout, gpu)), key=cost)

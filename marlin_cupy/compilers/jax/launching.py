@@ -9,19 +9,20 @@ from __future__ import annotations
 import dataclasses
 import functools
 import json
+from collections.abc import Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-from marlin_cupy import kernels, writes
+from marlin_cupy import kernels, ready
 from marlin_cupy.compilers.jax import ffi
 from marlin_cupy.compilers.jax.partitioning import manual_axes
-from marlin_cupy.device import Device, Gpu, cuda, gpu, gpu_count, gpu_of_arch
+from marlin_cupy.device import Device, Gpu, gpu, gpu_count, gpu_of_arch
 from marlin_cupy.errors import UnsupportedError
 from marlin_cupy.kernels import ONE, Dense, DensePlan, Operand, Problem, Stacked, dequantize
 from marlin_cupy.kernels.cuda import CudaConfiguration, CudaPlan
-from marlin_cupy.kernels.operands import PackedWeight, Rows
+from marlin_cupy.kernels.operands import Rows
 from marlin_cupy.layout import SLAB_K
 from marlin_cupy.spec import Spec
 
@@ -31,20 +32,18 @@ MATMUL, DENSE = TARGETS = "marlin_cupy_matmul", "marlin_cupy_dense"
 _USUAL_ARCH = "sm_90a"
 
 
-def gemm(
-    spec: Spec, batch_invariant: bool, x: Any, packed: Any, factors: Any, layer: Any | None, bias: Any | None
-) -> Any:
+def gemm(spec: Spec, batch_invariant: bool, x: Any, parts: Sequence[Any], layer: Any | None, bias: Any | None) -> Any:
     """``x @ W + bias`` as a call of :func:`_handle`.
 
     Args:
         spec: of the weight.
         x: [M, K], M > 0.
-        packed, factors: the weight and its range factors, or stacks of them.
+        parts: the arrays of the weight, all of Spec.parts in their order, or stacks of them.
         layer: which one of a stack, or None.
         bias: [N] or None.
     """
     M, dtype = x.shape[0], x.dtype.name
-    problem = _problem(M, dtype, spec, _target(), batch_invariant, None if layer is None else packed.shape[0])
+    problem = _problem(M, dtype, spec, _target(), batch_invariant, None if layer is None else parts[0].shape[0])
     results = [_result((M, spec.shape[1]), x.dtype, x)]
     try:
         if not isinstance(M, int):
@@ -67,25 +66,26 @@ def gemm(
             "dtype": dtype,
             "batch_invariant": batch_invariant,
             "bias": bias is not None,
-            "layers": None if layer is None else packed.shape[0],
+            "layers": None if layer is None else parts[0].shape[0],
             "gpu": [problem.gpu.arch, problem.gpu.sm_count],
             "candidate": chosen.key,
         }
         if chosen.configuration.exchange_floats:
             results.append(_result((chosen.configuration.exchange_floats,), jnp.float32, x))
-    operands = [x, packed, factors, *(each for each in (bias, layer) if each is not None)]
+    operands = [x, *parts, *(each for each in (bias, layer) if each is not None)]
     call: Any = jax.ffi.ffi_call(MATMUL, results)
     return call(*operands, text=json.dumps(text, sort_keys=True))[0]
 
 
-def transposed(spec: Spec, dy: Any, packed: Any) -> Any:
+def transposed(spec: Spec, dy: Any, parts: Sequence[Any]) -> Any:
     """``dy @ W.T``: dense pieces of the weight, each of bounded size, and their products by XLA.
 
     Args:
         spec: of the weight.
         dy: [M, N], M > 0.
-        packed: the weight.
+        parts: the arrays of the weight.
     """
+    packed, *scales = [part for part, each in zip(parts, spec.parts.values(), strict=True) if not each.derived]
     dtype = dy.dtype.name
     pieces: list[Any] = []
     one_at_a_time: Any = jax.lax.optimization_barrier
@@ -95,7 +95,7 @@ def transposed(spec: Spec, dy: Any, packed: Any) -> Any:
         call: Any = jax.ffi.ffi_call(DENSE, _result((spec.shape[1], SLAB_K * len(run)), dy.dtype, dy))
         text = {"spec": dataclasses.asdict(spec), "dtype": dtype, "run": [run.start, run.stop]}
         packed, dy, pieces = one_at_a_time((packed, dy, pieces))  # and not before dy is there
-        weight = call(packed, text=json.dumps(text, sort_keys=True))
+        weight = call(packed, *scales, text=json.dumps(text, sort_keys=True))
         pieces.append(jnp.matmul(dy, weight, preferred_element_type=jnp.float32).astype(dy.dtype))
     return jnp.concatenate(pieces, 1)[:, : spec.shape[0]]
 
@@ -151,11 +151,13 @@ class _Lender:
 def _handle(call: ffi.Call) -> None:
     """Launch, plainly: XLA may have written the weight just before, a copy of a slice for instance."""
     plan, has_bias = _plan_of(call.text, call.device)
-    x, packed, factors, *others = call.operands
-    K, N = plan.problem.w.shape
+    spec = plan.problem.w
+    x, *others = call.operands
+    parts, others = others[: len(spec.parts)], others[len(spec.parts) :]
+    K, N = spec.shape
     M = plan.problem.M
     layer = others[-1] if isinstance(plan.problem.select, Stacked) else 0
-    weight = PackedWeight(packed, factors, cuda(call.device), writes.of_gpu(call.device), layer)
+    weight = ready.weight_at(parts, call.device, layer)
     bias = others[0] if has_bias else 0
     plan.enqueue(_Lender(call), Rows(x, K, M), weight, bias, Rows(call.results[0], N, M), False)
 
@@ -182,7 +184,8 @@ def _plan_of(text: bytes, device: int) -> tuple[CudaPlan[Any], bool]:
 
 def _handle_dense(call: ffi.Call) -> None:
     plan, run = _run_of(call.text, call.device)
-    plan.enqueue(call.stream, call.operands[0], call.operands[-1], call.results[0], run)
+    packed, *scales = call.operands
+    plan.enqueue(call.stream, packed, scales[0] if scales else 0, call.results[0], run)
 
 
 @functools.lru_cache(maxsize=4096)

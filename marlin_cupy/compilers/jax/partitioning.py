@@ -28,16 +28,17 @@ _PartitionSpec: Any = jax.sharding.PartitionSpec
 _lax: Any = jax.lax
 _sharding: Any = jax.sharding
 
-#: (spec of the share, x, packed, factors, layer, bias) -> y, or for the gradient (.., y, ..) -> x.
-Multiply = Callable[[Spec, Any, Any, Any | None, Any | None, Any | None], Any]
+#: The arrays of a weight in the order of Spec.parts, None for those that are not there.
+Parts = tuple[Any, ...]
+#: (spec of the share, x, parts, layer, bias) -> y, or for the gradient (.., y, ..) -> x.
+Multiply = Callable[[Spec, Any, Parts, Any | None, Any | None], Any]
 
 
 def partitioned(
     multiply: Multiply,
     spec: Spec,
     x: Any,
-    packed: Any,
-    factors: Any | None = None,
+    parts: Parts,
     layer: Any | None = None,
     bias: Any | None = None,
     *,
@@ -48,38 +49,39 @@ def partitioned(
     Inside jax.shard_map the arrays are shares already.
     """
     if manual_axes():
-        return multiply(spec, x, packed, factors, layer, bias)
-    given = tuple(each is not None for each in (factors, layer, bias))
-    operands = [each for each in (factors, layer, bias) if each is not None]
-    return _operation(multiply, spec, given, transposed)(x, packed, *operands)
+        return multiply(spec, x, parts, layer, bias)
+    given = tuple(each is not None for each in (*parts, layer, bias))
+    operands = [each for each in (*parts, layer, bias) if each is not None]
+    return _operation(multiply, spec, given, transposed)(x, *operands)
 
 
-def on_automatic_axes(product: Any, x: Any, packed: Any, *others: Any) -> Any:
-    """``product(x, packed, *others)`` on a mesh that may have explicit axes, as that of jax.make_mesh.
+def on_automatic_axes(product: Any, x: Any, parts: Parts, *others: Any) -> Any:
+    """``product(x, parts, *others)`` on a mesh that may have explicit axes, as that of jax.make_mesh.
 
     The shardings of what is between are then left to the compiler, and that of the result is what theirs imply.
     """
+    packed = parts[0]
     types: list[Any] = [jax.typeof(x), jax.typeof(packed)]
     meshes = [kind.sharding.mesh for kind in types if getattr(kind.sharding.mesh, "explicit_axes", ())]
     if not meshes:
-        return product(x, packed, *others)
+        return product(x, parts, *others)
     *leading, _ = _axes(types[0].sharding, x.ndim)
     axes_n, axes_k = _axes(types[1].sharding, packed.ndim)[-3:-1]
     taken = {*_names(axes_n), *_names(axes_k)}
     rows = [None if taken & {*_names(each)} else each for each in leading]
     out = NamedSharding(meshes[0], _PartitionSpec(*rows, axes_n))
-    return _sharding.auto_axes(product, axes=meshes[0].explicit_axes, out_sharding=out)(x, packed, *others)
+    return _sharding.auto_axes(product, axes=meshes[0].explicit_axes, out_sharding=out)(x, parts, *others)
 
 
-def varying_alike(*arrays: Any) -> list[Any]:
+def varying_alike(*trees: Any) -> Any:
     """Inside jax.shard_map: arrays that vary over the same axes of the mesh, those of all together; None stays None.
 
     Gradients of what did not vary are then added up by JAX.
     """
     if not manual_axes():
-        return list(arrays)
-    axes = frozenset[str]().union(*(_varying(each) for each in arrays if each is not None))
-    return [each if each is None or _varying(each) == axes else _vary(each, axes - _varying(each)) for each in arrays]
+        return trees
+    axes = frozenset[str]().union(*map(_varying, jax.tree.leaves(trees)))
+    return jax.tree.map(lambda each: each if _varying(each) == axes else _vary(each, axes - _varying(each)), trees)
 
 
 def manual_axes() -> Any:
@@ -99,12 +101,12 @@ def _vary(array: Any, axes: frozenset[str]) -> Any:
 
 
 @functools.lru_cache(maxsize=4096)
-def _operation(multiply: Multiply, spec: Spec, given: tuple[bool, bool, bool], transposed: bool) -> Any:
-    """For which of range factors, layer and bias there are."""
-    lead = (None,) * given[1]  # of stacks
+def _operation(multiply: Multiply, spec: Spec, given: tuple[bool, ...], transposed: bool) -> Any:
+    """For which of the parts, the layer and the bias there are."""
+    lead = (None,) * given[-2]  # of stacks
 
-    def whole(x: Any, packed: Any, *others: Any) -> Any:
-        return multiply(spec, x, packed, *_spread(others, given))
+    def whole(x: Any, *others: Any) -> Any:
+        return multiply(spec, x, *_spread(others, given))
 
     def partition(mesh: Any, operands: Any, result: Any) -> Any:
         axes_m, _ = _axes(operands[0].sharding, 2)
@@ -115,16 +117,17 @@ def _operation(multiply: Multiply, spec: Spec, given: tuple[bool, bool, bool], t
         *_, slabs_n, slabs_k, slab_bytes = operands[1].shape
         of_share = spec.of_part((slabs_n // _count(mesh, axes_n), slabs_k // _count(mesh, axes_k), slab_bytes))
 
-        def lower(x: Any, packed: Any, *others: Any) -> Any:
-            factors, layer, bias = _spread(others, given)
+        def lower(x: Any, *others: Any) -> Any:
+            parts, layer, bias = _spread(others, given)
             if axes_sum is None:
-                return multiply(of_share, x, packed, factors, layer, bias)
-            y = multiply(of_share, x, packed, factors, layer, None).astype(jnp.float32)
+                return multiply(of_share, x, parts, layer, bias)
+            y = multiply(of_share, x, parts, layer, None).astype(jnp.float32)
             y = _lax.psum(y, axes_sum)
             return (y if bias is None else y + bias.astype(jnp.float32)).astype(x.dtype)
 
-        specs = [(axes_m, axes_sum), (*lead, axes_n, axes_k, None)]
-        specs += [each for each, is_given in zip([(*lead, axes_n), (), (axes_n,)], given, strict=True) if is_given]
+        cut = {"N": axes_n, "K": axes_k, None: None}
+        others = [*((*lead, *(cut[axis] for axis in part.axes)) for part in spec.parts.values()), (), (axes_n,)]
+        specs = [(axes_m, axes_sum), *_given(others, given)]
         named = [NamedSharding(mesh, _PartitionSpec(*each)) for each in specs]
         return mesh, lower, NamedSharding(mesh, _PartitionSpec(axes_m, axes_out)), tuple(named)
 
@@ -133,26 +136,45 @@ def _operation(multiply: Multiply, spec: Spec, given: tuple[bool, bool, bool], t
     return operation
 
 
-def _rule(spec: Spec, given: tuple[bool, bool, bool], transposed: bool) -> dict[str, Any]:
-    """The factors of the dimensions; K and N are those of packed times the size of a slab where nothing is padded."""
+def _rule(spec: Spec, given: tuple[bool, ...], transposed: bool) -> dict[str, Any]:
+    """The factors of the dimensions, n and k for slabs.
+
+    K and N, and the dimensions of parts that run along them one by one, are those times the size of a slab where
+    nothing is padded.
+    """
     K, N = spec.shape
+    slabs_n, slabs_k, _ = spec.layout.packed_shape
     sizes: dict[str, int] = {}
-    inputs, outputs, factors = "p", "q", "r"
+    inputs, outputs = "p", "q"
     if K % SLAB_K == 0:
         inputs, sizes["i"] = "(k i)", SLAB_K
     if N % SLAB_N == 0:
-        outputs = factors = "(n j)"
-        sizes["j"] = SLAB_N
-    lead = "l " if given[1] else ""
-    others = [each for each, is_given in zip([lead + factors, "", outputs], given, strict=True) if is_given]
+        outputs, sizes["j"] = "(n j)", SLAB_N
+    along: dict[tuple[str | None, int], str] = {
+        ("N", N): outputs,
+        ("K", K): inputs,
+        ("N", slabs_n): "n",
+        ("K", slabs_k): "k",
+    }
+    lead = "l " if given[-2] else ""
+    others = []
+    for number, part in enumerate(spec.parts.values()):
+        sizes_of = enumerate(zip(part.axes, part.shape, strict=True))
+        others.append(lead + " ".join(along.get(each, f"r{number}{axis}") for axis, each in sizes_of))
     taken, made = (outputs, inputs) if transposed else (inputs, outputs)
-    return {"sharding_rule": f"{', '.join([f'm {taken}', f'{lead}n k b', *others])} -> m {made}", **sizes}
+    operands = [f"m {taken}", *_given([*others, "", outputs], given)]
+    return {"sharding_rule": f"{', '.join(operands)} -> m {made}", **sizes}
 
 
-def _spread(others: tuple[Any, ...], given: tuple[bool, bool, bool]) -> list[Any | None]:
-    """Range factors, layer and bias, None for those that are not there."""
+def _given(values: list[Any], given: tuple[bool, ...]) -> list[Any]:
+    return [each for each, is_given in zip(values, given, strict=True) if is_given]
+
+
+def _spread(others: tuple[Any, ...], given: tuple[bool, ...]) -> tuple[Parts, Any | None, Any | None]:
+    """Parts, layer and bias, None for those that are not there."""
     left = iter(others)
-    return [next(left) if is_given else None for is_given in given]
+    *parts, layer, bias = [next(left) if is_given else None for is_given in given]
+    return tuple(parts), layer, bias
 
 
 def _axes(sharding: Any, rank: int) -> tuple[Any, ...]:
