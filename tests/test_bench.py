@@ -750,8 +750,8 @@ def test_a_format_is_a_name_a_group_size_and_options(text: str, expected: tuple[
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--formats", "int5"], "known formats are int4"),
-        (["--formats", ""], "known formats are int4"),
+        (["--formats", "int5"], "known formats are fp8_e4m3"),
+        (["--formats", ""], "known formats are fp8_e4m3"),
         (["--formats", "int4:wide"], "use NAME[:GROUP_SIZE[:OPTION=VALUE ...]]"),
         (["--formats", "int4:128:mse"], "use NAME[:GROUP_SIZE[:OPTION=VALUE ...]]"),
         (["--formats", "int4", "int4:7"], "group_size is 7"),

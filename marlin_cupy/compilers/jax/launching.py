@@ -6,7 +6,6 @@ a process that runs it finds the same configuration again.
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 import json
 from collections.abc import Sequence
@@ -61,7 +60,7 @@ def gemm(spec: Spec, batch_invariant: bool, x: Any, parts: Sequence[Any], layer:
         assert problem.gpu is not None
         assert isinstance(chosen.configuration, CudaConfiguration)
         text = {
-            "spec": dataclasses.asdict(spec),
+            "spec": spec.fields,
             "M": M,
             "dtype": dtype,
             "batch_invariant": batch_invariant,
@@ -93,7 +92,7 @@ def transposed(spec: Spec, dy: Any, parts: Sequence[Any]) -> Any:
         kernels.DEQUANTIZE.ready(Dense(spec, dtype, _target()))  # before XLA records launches of it
     for run in dequantize.runs(spec):
         call: Any = jax.ffi.ffi_call(DENSE, _result((spec.shape[1], SLAB_K * len(run)), dy.dtype, dy))
-        text = {"spec": dataclasses.asdict(spec), "dtype": dtype, "run": [run.start, run.stop]}
+        text = {"spec": spec.fields, "dtype": dtype, "run": [run.start, run.stop]}
         packed, dy, pieces = one_at_a_time((packed, dy, pieces))  # and not before dy is there
         weight = call(packed, *scales, text=json.dumps(text, sort_keys=True))
         pieces.append(jnp.matmul(dy, weight, preferred_element_type=jnp.float32).astype(dy.dtype))
@@ -195,7 +194,7 @@ def _run_of(text: bytes, device: int) -> tuple[DensePlan, range]:
 
 
 def _spec(found: dict[str, Any]) -> Spec:
-    return Spec(**{**found["spec"], "shape": tuple(found["spec"]["shape"])})
+    return Spec.of_fields(found["spec"], "this JAX program")
 
 
 ffi.register(MATMUL, _handle)
