@@ -6,12 +6,12 @@ A kernel says in a :class:`Rounding` what it rounds on the way; the bounds follo
   A sum of K terms in any order is off by about u * sqrt(K) * (|x| @ |W|) (Higham and Mary 2019,
   doi:10.1137/18M1226312, a probabilistic bound), u = 2**-24 on a CPU. Tensor cores align and truncate addends:
   u = 2**-22 covers both.
-- **The result** is rounded once, to nearest: an error of at most ROUNDOFF * |y| (or half the smallest subnormal).
+- **The result** is rounded once, to nearest: an error of at most roundoff * |y| (or half the smallest subnormal).
   Over many outputs the error is uniform within a rounding interval, so that its root mean square is at most
-  ROUNDOFF / sqrt(3).
+  roundoff / sqrt(3).
 - **Roundings of a weight**: of the values of a format's table, which a GPU kernel holds in the activations' type, and
-  of each weight after its scale. Each is at most ROUNDOFF * |w|, with a sign that has nothing to do with x: the sum is
-  off by about ROUNDOFF * sqrt(x**2 @ W**2), and an element by no more than a few times that.
+  of each weight after its scale. Each is at most roundoff * |w|, with a sign that has nothing to do with x: the sum is
+  off by about roundoff * sqrt(x**2 @ W**2), and an element by no more than a few times that.
 - **Cuts.** Codes that are multiplied in float16 as they are, which are subnormals, lose what lies below 2**-14 of a
   code of 1 times the largest of 16 values of x: the tensor cores cut off each product there, and the sum that it joins
   (formats/nibble.cuh). A code of 1 is at most a part of the largest weight of its output, a seventh for 4 bits. K cuts

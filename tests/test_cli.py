@@ -140,6 +140,12 @@ def test_variants_cover_every_format_and_dtype() -> None:
         assert {name.rpartition("-")[2] for name in names if f"-{format}-" in name} == {"float16", "bfloat16"}
 
 
+def test_compile_names_the_dtypes_that_there_are(tmp_path: Path) -> None:
+    output = run("compile", "--arch", "sm_80", "--dtype", "float32", "--output", tmp_path / "new", code=2)
+    assert "dtype is 'float32'; use float16 or bfloat16." in output
+    assert not (tmp_path / "new").exists()
+
+
 def test_compile_takes_several_architectures(tmp_path: Path) -> None:
     arguments = ["--arch", "sm_80", "--arch", "sm_120a", "--format", "nf4", "--dtype", "bfloat16", "--group-size", "32"]
     run("compile", *arguments, "--output", tmp_path)

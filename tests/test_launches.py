@@ -11,7 +11,7 @@ import pytest
 from cases import GPUS, fresh_gemm, product_of
 
 import marlin_cupy as mc
-from marlin_cupy import kernels, writes
+from marlin_cupy import kernels, ready, writes
 from marlin_cupy.device import Device
 from marlin_cupy.frameworks import StreamFramework
 from marlin_cupy.jit import launch, tensor_map
@@ -281,6 +281,29 @@ def test_x_that_the_copy_engine_cannot_read_goes_to_the_portable_kernel(
     with pytest.raises(ValueError, match=r"sm90_wgmma needs rows of x that start at multiples of 16 .*contiguous copy"):
         kernels.GEMM.choose(strict)
     assert kernels.GEMM.choose(dataclasses.replace(strict, x=Operand("float16"))).kernel == "sm90_wgmma"
+
+
+def test_x_that_is_not_aligned_gets_a_plan_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Which is asked for when such an x comes, and kept."""
+    asked: list[Problem] = []
+    rows: list[tuple[bool, Rows]] = []
+
+    def made(problem: Problem) -> Any:
+        asked.append(problem)
+        return SimpleNamespace(enqueue=lambda launcher, x, *rest: rows.append((problem.x.aligned, x)))
+
+    monkeypatch.setattr(kernels.GEMM, "ready", made)
+    spec, device = Spec("int4", (K, 4096), 128, "float16"), Device("cuda", 0)
+    problem = product_of(8, "float16", spec, H200)
+    product = ready.OnGpu(spec, device, Memory(), (8, K), "float16", problem)
+    assert asked == [problem]
+    x = SimpleNamespace(shape=(8, K), stride=K, dtype="float16")
+    for pointer, stride in ((1024, K), *UNALIGNED, (1024, K + 8)):
+        x.pointer, x.stride = pointer, stride
+        y = product.multiply(None, x, None, None, True)
+        assert (y.pointer, y.shape) == (ALLOCATED, (8, 4096))
+        assert rows.pop() == ((pointer, stride) not in UNALIGNED, (pointer, stride, 8))
+    assert asked == [problem, dataclasses.replace(problem, x=Operand("float16", aligned=False))]
 
 
 @pytest.mark.parametrize(

@@ -96,6 +96,9 @@ def test_defaults_are_what_the_format_has(name: str) -> None:
         assert spec.group_size == formats.get(name).default_group_size
         assert spec.scale_dtype == FORMATS[name].scale(spec.group_size, like) in scales
         assert spec.dense_dtype in ("float16", "bfloat16")
+        for group_size in FORMATS[name].groups(16, 128):
+            usual = FORMATS[name].scale(group_size, "float16" if like == "float32" else like)
+            assert Spec.checked(name, (256, 64), group_size, like=like).scale_dtype == usual
 
 
 @pytest.mark.parametrize(("name", "group_size", "scale_dtype"), ways(-1, 128))

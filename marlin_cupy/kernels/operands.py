@@ -55,7 +55,7 @@ class Weight(Protocol):
 
     @property
     def factors_pointer(self) -> int:
-        """Device address of its range factors, see Layout.range_factors."""
+        """Device address of its output scales; of range factors where scales are packed, see Layout.range_factors."""
 
     @property
     def device(self) -> Device:
