@@ -8,6 +8,7 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
+import marlin_cupy as mc
 from marlin_cupy import kernels
 from marlin_cupy.device import Gpu, arch_of, gpu_of_arch
 from marlin_cupy.formats.nf4 import TABLE
@@ -154,6 +155,23 @@ GPUS = {
     arch: gpu_of_arch(arch)
     for arch in (arch_of(*capability) for capability in ((8, 0), (8, 6), (8, 9), (9, 0), (10, 0), (12, 0)))
 }
+
+
+def quantized(
+    weight: Any, name: str, group_size: int, scale_dtype: str | None = None, **more: Any
+) -> mc.QuantizedTensor:
+    """:func:`marlin_cupy.quantize` with groups and scales like those, where the format has no such ones."""
+    size = FORMATS[name].group(group_size)
+    scales = None if scale_dtype is None else FORMATS[name].scale(size, scale_dtype)
+    return mc.quantize(weight, name, size, scale_dtype=scales, **more)
+
+
+def gpu_groups(name: str) -> list[tuple[int, str]]:
+    """(group size, scale dtype) on a GPU, of those that the format has."""
+    row = FORMATS[name]
+    sizes = [(row.group(size), scale) for size, scale in GPU_GROUPS]
+    found = [(size, row.scale(size, scale)) for size, scale in sizes]
+    return list(dict.fromkeys([*found, *([(64, "float32")] if "float32" in row.scale_dtypes else [])]))
 
 
 def product_of(M: int, dtype: str, w: Spec, on: Gpu | None, batch_invariant: bool = False, **more: Any) -> Problem:

@@ -8,7 +8,7 @@ from typing import Any
 
 import cupy
 import numpy as np
-from cases import DTYPES, gaussian, rows
+from cases import DTYPES, gaussian, quantized, rows
 
 import marlin_cupy as mc
 from marlin_cupy import kernels
@@ -118,7 +118,7 @@ def cut_and_whole(dtype: str, M: int, name: str = "int4") -> list[mc.QuantizedTe
     """A weight whose tiles are shared by blocks for M rows, and one whose tiles are not."""
     found: dict[bool, mc.QuantizedTensor] = {}
     for K, N in ((8192, 513), (128, 64), (8192, 65), (256, 8200), (14336, 512), (128, 33000), (1030, 3000)):
-        w = mc.quantize(weights(K, N), name, 64)
+        w = quantized(weights(K, N), name, 64)
         found.setdefault(is_cut(M, dtype, w), w)
         if len(found) == 2:
             return [found[True], found[False]]

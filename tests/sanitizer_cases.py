@@ -24,7 +24,7 @@ from collections.abc import Iterator
 
 import cupy
 import numpy as np
-from cases import DTYPES, FORMATS, HALF, gaussian, product_of, rows
+from cases import DTYPES, FORMATS, HALF, gaussian, product_of, quantized, rows
 from product import Product
 
 import marlin_cupy as mc
@@ -38,7 +38,7 @@ from marlin_cupy.numerics import Rounding, dense_bound
 SHAPES = ((75, 70), (1100, 200))
 #: The same with rows that the Hopper kernels can copy, and more tiles for their blocks.
 COPIED_SHAPES = ((72, 70), (1096, 700))
-GROUP_SIZE = {"int4": 128, "uint4": 48, "int8": 64, "nf4": 32}
+GROUP_SIZE = {"int4": 128, "uint4": 48, "int8": 64, "nf4": 32, "int3": 128, "int2": 16, "mxfp4": 32, "fp8_e4m3": -1}
 _NAN = 0x7FFF  # in fp16 and in bf16
 
 
@@ -110,7 +110,7 @@ def check_kernels(
     """
     counts: Counter[str] = Counter()
     for K, N in SHAPES + COPIED_SHAPES:
-        on_host = mc.quantize(gaussian(K, N, seed=K), format, GROUP_SIZE[format], scale_dtype=dtype)
+        on_host = quantized(gaussian(K, N, seed=K), format, GROUP_SIZE[format], dtype)
         w = on_host.to("cuda")
         x, bias = rows((261, K), seed=N, dtype=dtype), rows((N,), seed=K, dtype=dtype)
         exact = Product(*(part.astype(np.float64) for part in (x, on_host.dequantize("float32"), bias)))
@@ -178,7 +178,7 @@ def check_dense() -> int:
     """Runs of K as dense arrays."""
     launches = 0
     for format, (K, N), dtype in itertools.product(FORMATS, SHAPES, HALF):
-        on_host = mc.quantize(gaussian(K, N, seed=K), format, GROUP_SIZE[format], scale_dtype=HALF[K % 2])
+        on_host = quantized(gaussian(K, N, seed=K), format, GROUP_SIZE[format], HALF[K % 2])
         w, right = on_host.to("cuda"), on_host.dequantize("float32").T
         slabs = w.layout.packed_shape[1]
         plan = kernels.DEQUANTIZE.ready(Dense(w.spec, dtype, gpu()))

@@ -15,7 +15,7 @@ import time
 from collections.abc import Iterator
 
 import cupy
-from cases import product_of
+from cases import product_of, quantized
 from gpu_arrays import activations, differences, weights
 
 import marlin_cupy as mc
@@ -45,7 +45,7 @@ def main() -> int:
     cases = [(kind, layer, M) for kind in KINDS for layer in LAYERS for M in ROWS]
     done, changed, start = 0, 0, time.monotonic()
     for (name, dtype, group_size), (K, N, copies), M in cases:
-        first = mc.quantize(weights(K, N), name, group_size, scale_dtype=dtype)
+        first = quantized(weights(K, N), name, group_size, dtype)
         all_weights = [first, *(mc.QuantizedTensor(first.spec, first.packed.copy()) for _ in range(copies - 1))]
         x = activations(M, K, dtype)
         y, wrong = cupy.empty((M, N), x.dtype), cupy.zeros((), cupy.int64)

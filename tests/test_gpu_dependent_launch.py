@@ -13,7 +13,7 @@ from typing import Any
 
 import cupy
 import pytest
-from cases import FORMATS, HALF, fresh_gemm
+from cases import FORMATS, HALF, fresh_gemm, quantized
 from gpu_arrays import activations, assert_same_bits, differences, float64, poisoned, weights
 
 import marlin_cupy as mc
@@ -72,7 +72,7 @@ class Alternating:
 
     def __init__(self, M: int, format: str = "int4") -> None:
         self.values = [weights(K, N), weights(K, N)[::-1].copy()]
-        versions = [mc.quantize(values, format, 64) for values in self.values]
+        versions = [quantized(values, format, 64) for values in self.values]
         self.packed = [version.packed for version in versions]
         self.w = mc.QuantizedTensor(versions[0].spec, versions[0].packed.copy())
         self.x = activations(M, K, "float16")
@@ -259,7 +259,7 @@ def test_a_graph_may_write_the_weight_that_it_reads(stream: cupy.cuda.Stream) ->
 def chain(M: int, dtype: str, format: str) -> Callable[[list[cupy.ndarray], bool], None]:
     """Layers of which each takes what the one before gives; small ones and one above the size that fills an SM."""
     sizes = (1024, 2048, 8192, 8192, 1000, 3000, 1024)
-    layers = [mc.quantize(weights(k, n) / k**0.5, format, 64, scale_dtype=dtype) for k, n in itertools.pairwise(sizes)]
+    layers = [quantized(weights(k, n) / k**0.5, format, 64, dtype) for k, n in itertools.pairwise(sizes)]
     bias = [activations(1, n, dtype)[0] for n in sizes[1:]]
 
     def run(values: list[cupy.ndarray], dependent: bool) -> None:

@@ -9,7 +9,7 @@ from typing import Any
 import cupy
 import numpy as np
 import pytest
-from cases import FORMATS, HALF
+from cases import FORMATS, HALF, quantized
 from gpu_arrays import activations, bits, to_jax, weights
 
 import marlin_cupy as mc
@@ -23,7 +23,7 @@ every_dtype = pytest.mark.parametrize("dtype", HALF)
 @every_format
 @every_dtype
 def test_jax_arrays_give_what_cupy_gives(jax: ModuleType, name: str, dtype: str) -> None:
-    w = mc.quantize(weights(1000, 300), name, 64)
+    w = quantized(weights(1000, 300), name, 64)
     bias = activations(1, 300, dtype)[0]
     for M in (0, 1, 7, 33, 129):
         x = activations(M, 1000, dtype)

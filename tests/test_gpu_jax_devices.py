@@ -10,7 +10,7 @@ from typing import Any
 import cupy
 import numpy as np
 import pytest
-from cases import FORMATS, HALF, gaussian, rows
+from cases import FORMATS, HALF, gaussian, quantized, rows
 from gpu_arrays import bits, to_gpu, to_jax
 from product import Product
 from ranks import run_ranks
@@ -130,14 +130,19 @@ def assert_on_first(w: mc.QuantizedTensor) -> None:
 @pytest.mark.parametrize("held", ["cupy", "jax"])
 def test_weights_are_made_where_they_are(jax: ModuleType, name: str, held: str, tmp_path: Path) -> None:
     dense, other = gaussian(512, 320, seed=1, dtype="float16"), gaussian(512, 320, seed=2, dtype="float16")
-    expected = mc.quantize(dense, name, 64)
+    expected = quantized(dense, name, 64)
     with cupy.cuda.Device(0):
         weight = to_gpu(dense) if held == "cupy" else to_jax(jax, to_gpu(dense))
         new = to_gpu(other) if held == "cupy" else to_jax(jax, to_gpu(other))
     with cupy.cuda.Device(1):
-        w = mc.quantize(weight, name, 64)
+        w = quantized(weight, name, 64)
         w.save(tmp_path / "w")
-        for made in (w, w.to("jax"), w.to("jax").to("cupy"), mc.pack(*w.unpack(), format=name, group_size=64)):
+        for made in (
+            w,
+            w.to("jax"),
+            w.to("jax").to("cupy"),
+            mc.pack(*w.unpack(), format=name, group_size=w.group_size),
+        ):
             cupy.cuda.Device(1).use()  # JAX may have changed that
             assert_on_first(made)
             np.testing.assert_array_equal(made.to("numpy").packed, expected.packed)
@@ -155,8 +160,8 @@ def test_weights_are_made_where_they_are(jax: ModuleType, name: str, held: str, 
         np.testing.assert_array_equal(mc.load(tmp_path / "w", "cuda:0").to("numpy").packed, expected.packed)
         w.update_(new)
         w.mark_written()
-        np.testing.assert_array_equal(w.to("numpy").packed, mc.quantize(other, name, 64).packed)
-        factors = mc.quantize(other, name, 64).to("cuda:0").output_scales
+        np.testing.assert_array_equal(w.to("numpy").packed, quantized(other, name, 64).packed)
+        factors = quantized(other, name, 64).to("cuda:0").output_scales
         np.testing.assert_array_equal(w.output_scales.get(), factors.get())
 
 

@@ -9,7 +9,7 @@ import cupy
 import ml_dtypes
 import numpy as np
 import pytest
-from cases import DTYPES, FORMATS, HALF, gaussian, rows
+from cases import DTYPES, FORMATS, HALF, gaussian, quantized, rows
 from gpu_arrays import activations, bits, to_host, to_jax, weights
 
 import marlin_cupy as mc
@@ -40,7 +40,7 @@ def in_one_range(array: Any) -> np.ndarray:
 def test_a_compiled_product_has_the_bits_of_an_eager_one(
     jax: ModuleType, name: str, dtype: str, K: int, N: int
 ) -> None:
-    w = mc.quantize(weights(K, N), name, 64, scale_dtype=dtype)
+    w = quantized(weights(K, N), name, 64, dtype)
     in_jax, bias = w.to("jax"), activations(1, N, dtype)[0]
     with_bias, without = jax.jit(mc.matmul), jax.jit(lambda x, w: x @ w)
     for M in (0, 1, 7, 33, 129, 1000):
@@ -111,7 +111,7 @@ def test_vmap_folds_into_rows(jax: ModuleType, dtype: str) -> None:
 @every_dtype
 def test_gradients_are_those_of_the_dense_product(jax: ModuleType, name: str, dtype: str) -> None:
     K, N, M = 1000, 300, 33
-    w = mc.quantize(weights(K, N), name, 64)
+    w = quantized(weights(K, N), name, 64)
     x, dy = activations(M, K, dtype), activations(M, N, dtype)
     bias = activations(1, N, dtype)[0]
 

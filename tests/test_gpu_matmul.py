@@ -9,7 +9,20 @@ from concurrent.futures import ProcessPoolExecutor
 import cupy
 import numpy as np
 import pytest
-from cases import DTYPES, FORMATS, GPU_GROUPS, GPU_ROWS, GPU_SHAPES, HALF, ROWS, SHAPES, gaussian, rows
+from cases import (
+    DTYPES,
+    FORMATS,
+    GPU_ROWS,
+    GPU_SHAPES,
+    HALF,
+    ROWS,
+    SHAPES,
+    gaussian,
+    gpu_groups,
+    product_of,
+    quantized,
+    rows,
+)
 from gpu_arrays import (
     activations,
     assert_same_bits,
@@ -43,14 +56,17 @@ every_dtype = pytest.mark.parametrize("dtype", HALF)
 
 @pytest.fixture(scope="module", autouse=True)
 def _compiled() -> None:
-    """Fill the cache with every kernel that this file needs, on all cores: NVRTC works on one at a time per process."""
-    needed = {
-        (name, text, gpu().arch)
+    """Fill the cache with the kernels that this file needs most, on all cores: NVRTC works on one at a time per process."""
+    problems = [
+        product_of(M, dtype, Spec(format, shape, group_size, scale_dtype), gpu())
         for format in FORMATS
-        for group_size, scale_dtype in GPU_GROUPS
+        for group_size, scale_dtype in gpu_groups(format)
         for dtype in HALF
-        for name, text in kernels.variants(Spec(format, (1, 1), group_size, scale_dtype), dtype, gpu())
-    }
+        for shape in GPU_SHAPES
+        for M in GPU_ROWS[1:]
+    ]
+    sources = {kernels.GEMM.source(problem, kernels.GEMM.choose(problem)) for problem in problems}
+    needed = {(*source, gpu().arch) for source in sources if source is not None}
     workers = min(len(os.sched_getaffinity(0)), 32)
     with ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn")) as pool:
         for built in pool.map(cubin, *zip(*sorted(needed), strict=True), chunksize=4):
@@ -63,7 +79,7 @@ def _compiled() -> None:
 def test_the_product_is_that_of_the_dequantized_weight(name: str, dtype: str, shape: tuple[int, int]) -> None:
     K, N = shape
     x = activations(max(GPU_ROWS), K, dtype)
-    for group_size, scale_dtype in GPU_GROUPS:
+    for group_size, scale_dtype in gpu_groups(name):
         w = mc.quantize(weights(K, N), name, group_size, scale_dtype=scale_dtype)
         product = Product(float64(x), float64(w.dequantize("float32")))
         for M in GPU_ROWS:
@@ -79,7 +95,7 @@ def test_the_product_is_that_of_the_dequantized_weight(name: str, dtype: str, sh
 @every_dtype
 def test_small_and_odd_shapes(name: str, dtype: str) -> None:
     for K, N in SHAPES:
-        w = mc.quantize(weights(K, N), name, 48, scale_dtype="float16")
+        w = quantized(weights(K, N), name, 48, "float16")
         x = activations(max(ROWS), K, dtype)
         product = Product(float64(x), float64(w.dequantize("float32")))
         for M in ROWS:
@@ -234,7 +250,7 @@ def test_a_row_depends_on_no_other_row(dtype: str) -> None:
 def test_infinities_and_nan_travel_as_in_numpy(name: str, dtype: str, M: int, K: int) -> None:
     weight = gaussian(K, 65, seed=2)
     weight[7, :9] = 0
-    w = mc.quantize(to_gpu(weight), name, scale_dtype=dtype)
+    w = quantized(to_gpu(weight), name, formats.get(name).default_group_size, dtype)
     x = rows((M, K), seed=3, dtype=dtype)
     x[0, 3], x[1, 7], x[2, 99], x[3, 5:7] = np.inf, -np.inf, np.nan, (np.inf, -np.inf)
     y = to_host(mc.matmul(to_gpu(x), w)).astype(np.float32)

@@ -8,7 +8,7 @@ from pathlib import Path
 import cupy
 import numpy as np
 import pytest
-from cases import DTYPES, FORMATS, GROUP_SIZES, HALF, gaussian
+from cases import DTYPES, FORMATS, GROUP_SIZES, HALF, gaussian, quantized
 from gpu_arrays import activations, assert_same_bits, to_gpu, to_host
 
 import marlin_cupy as mc
@@ -35,11 +35,11 @@ def test_quantize_gives_the_bits_of_the_cpu(name: str, dtype: str) -> None:
         weight = gaussian(K, N, seed=K, dtype=dtype)
         for group_size in GROUP_SIZES:
             for scale_dtype in HALF:
-                on_cpu = mc.quantize(weight, name, group_size, scale_dtype=scale_dtype)
-                assert_same_weight(mc.quantize(to_gpu(weight), name, group_size, scale_dtype=scale_dtype), on_cpu)
+                on_cpu = quantized(weight, name, group_size, scale_dtype)
+                assert_same_weight(quantized(to_gpu(weight), name, group_size, scale_dtype), on_cpu)
         transposed = to_gpu(np.ascontiguousarray(weight.T)).T
-        assert_same_weight(mc.quantize(transposed, name, 64), mc.quantize(weight, name, 64))
-        assert_same_weight(mc.quantize(weight, name, 64, device="cuda"), mc.quantize(weight, name, 64))
+        assert_same_weight(quantized(transposed, name, 64), quantized(weight, name, 64))
+        assert_same_weight(quantized(weight, name, 64, device="cuda"), quantized(weight, name, 64))
 
 
 @every_format
@@ -49,8 +49,8 @@ def test_the_search_is_as_good_as_on_the_cpu(name: str) -> None:
     errors = [
         float(np.linalg.norm(np.asarray(found) - weight))
         for found in (
-            mc.quantize(weight, name, 64, search="mse").dequantize("float32"),
-            mc.quantize(to_gpu(weight), name, 64, search="mse").dequantize("float32").get(),
+            quantized(weight, name, 64, search="mse").dequantize("float32"),
+            quantized(to_gpu(weight), name, 64, search="mse").dequantize("float32").get(),
         )
     ]
     assert errors[1] == pytest.approx(errors[0], rel=1e-5)
@@ -60,10 +60,10 @@ def test_the_search_is_as_good_as_on_the_cpu(name: str) -> None:
 @pytest.mark.parametrize("scale_dtype", HALF)
 @pytest.mark.parametrize("group_size", [-1, 48, 128])
 def test_pack_unpack_and_dequantize_give_the_bits_of_the_cpu(name: str, scale_dtype: str, group_size: int) -> None:
-    on_cpu = mc.quantize(gaussian(333, 65, seed=2), name, group_size, scale_dtype=scale_dtype)
+    on_cpu = quantized(gaussian(333, 65, seed=2), name, group_size, scale_dtype)
     on_gpu = on_cpu.to("cuda")
     assert_same_weight(on_gpu, on_cpu)
-    assert_same_weight(mc.pack(*on_gpu.unpack(), format=name, group_size=group_size), on_cpu)
+    assert_same_weight(mc.pack(*on_gpu.unpack(), format=name, group_size=on_cpu.group_size), on_cpu)
     for found, expected in zip(on_gpu.unpack(), on_cpu.unpack(), strict=True):
         if expected is None:
             assert found is None
@@ -78,7 +78,7 @@ def test_pack_unpack_and_dequantize_give_the_bits_of_the_cpu(name: str, scale_dt
 
 @every_format
 def test_files_do_not_depend_on_the_device(name: str, tmp_path: Path) -> None:
-    on_cpu = mc.quantize(gaussian(333, 65, seed=3), name, 48)
+    on_cpu = quantized(gaussian(333, 65, seed=3), name, 48)
     on_cpu.save(tmp_path / "cpu")
     on_cpu.to("cuda").save(tmp_path / "gpu")
     assert (tmp_path / "cpu").read_bytes() == (tmp_path / "gpu").read_bytes()
@@ -91,8 +91,8 @@ def test_files_do_not_depend_on_the_device(name: str, tmp_path: Path) -> None:
 def test_moving_to_where_it_is_shares_memory() -> None:
     on_gpu = mc.quantize(gaussian(333, 65, seed=4), device="cuda")
     assert isinstance(on_gpu.packed, cupy.ndarray)
-    assert on_gpu.pointer == on_gpu.packed.data.ptr
-    assert on_gpu.to("cuda").pointer == on_gpu.to("cupy").pointer == on_gpu.pointer
+    assert on_gpu.placed.pointer == on_gpu.packed.data.ptr
+    assert on_gpu.to("cuda").placed.pointer == on_gpu.to("cupy").placed.pointer == on_gpu.placed.pointer
     on_cpu = on_gpu.to("cpu")
     assert isinstance(on_cpu.packed, np.ndarray)
     assert isinstance(on_gpu.to("numpy").packed, np.ndarray)
@@ -103,15 +103,15 @@ def test_moving_to_where_it_is_shares_memory() -> None:
 
 @every_format
 def test_update_keeps_the_pointer_and_changes_the_product(name: str) -> None:
-    w = mc.quantize(to_gpu(gaussian(4160, 513, seed=5)), name, 64)
+    w = quantized(to_gpu(gaussian(4160, 513, seed=5)), name, 64)
     pointer = w.placed.pointer
     x = activations(7, 4160, "float16")
     mc.matmul(x, w)
     other = gaussian(4160, 513, seed=6)
     assert w.update_(to_gpu(other)) is w
     assert w.placed.pointer == w.packed.data.ptr == pointer
-    assert_same_weight(w, mc.quantize(other, name, 64))
-    assert_same_bits(mc.matmul(x, w), mc.matmul(x, mc.quantize(to_gpu(other), name, 64)))
+    assert_same_weight(w, quantized(other, name, 64))
+    assert_same_bits(mc.matmul(x, w), mc.matmul(x, quantized(to_gpu(other), name, 64)))
 
 
 def test_a_refused_update_changes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:

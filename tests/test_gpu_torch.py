@@ -11,7 +11,7 @@ from typing import Any
 import cupy
 import numpy as np
 import pytest
-from cases import FORMATS, HALF, fresh_gemm, gaussian
+from cases import FORMATS, HALF, fresh_gemm, gaussian, quantized
 from gpu_arrays import activations, assert_same_bits, cut_and_whole, weights
 
 import marlin_cupy as mc
@@ -53,7 +53,7 @@ def same(torch: ModuleType, a: Any, b: Any) -> bool:
 @every_format
 @every_dtype
 def test_tensors_give_what_cupy_gives(torch: ModuleType, name: str, dtype: str) -> None:
-    w = mc.quantize(weights(1000, 300), name, 64)
+    w = quantized(weights(1000, 300), name, 64)
     bias = activations(1, 300, dtype)[0]
     for M in (0, 1, 7, 33, 129):
         x = activations(M, 1000, dtype)

@@ -14,7 +14,7 @@ from typing import Any
 import cupy
 import numpy as np
 import pytest
-from cases import DTYPES, FORMATS, GPU_GROUPS, HALF, fresh_gemm
+from cases import DTYPES, FORMATS, HALF, fresh_gemm, gpu_groups, quantized
 from gpu_arrays import activations, weights
 from product import Product
 
@@ -59,7 +59,7 @@ def exact(found: Any) -> cupy.ndarray:
 
 
 def weight(name: str = "int4", group_size: int = 64, shape: tuple[int, int] = (K, N)) -> mc.QuantizedTensor:
-    return mc.quantize(weights(*shape) / 32, name, group_size).to("torch")
+    return quantized(weights(*shape) / 32, name, group_size).to("torch")
 
 
 def layer(name: str, dtype: str, shape: tuple[int, int] = (K, N)) -> Linear:
@@ -77,7 +77,7 @@ def same(a: Any, b: Any) -> bool:
 @every_dtype
 @pytest.mark.parametrize("shape", [(1, 1), (127, 61), (128, 64), (333, 65), (1000, 300), (4160, 513)], ids=str)
 def test_dense_weights_are_the_dequantized_ones(name: str, dtype: str, shape: tuple[int, int]) -> None:
-    for group_size, scale_dtype in GPU_GROUPS:
+    for group_size, scale_dtype in gpu_groups(name):
         w = mc.quantize(weights(*shape), name, group_size, scale_dtype=scale_dtype)
         in_float32 = w.dequantize("float32").astype(cupy.float64)
         slabs = -(-shape[0] // 128)
@@ -115,7 +115,7 @@ def test_the_operator_gives_what_cupy_gives(name: str, dtype: str) -> None:
     bias = rows(1, dtype, N)[0]
     for M in (0, 1, 7, 33, 129):
         x = rows(M, dtype)
-        arguments = ([w.packed, w.output_scales], bias, name, K, N, 64, w.scale_dtype, False, True)
+        arguments = ([w.packed, w.output_scales], bias, name, K, N, w.group_size, w.scale_dtype, False, True)
         y = torch.ops.marlin_cupy.matmul(x, *arguments)
         assert same(y, mc.matmul(x, w, bias)), f"M={M}"
         if M > 1:
@@ -148,7 +148,7 @@ def test_gradients_against_float64(name: str, dtype: str, monkeypatch: pytest.Mo
     for kind in ("fp16", "bf16"):
         monkeypatch.setattr(torch.backends.cuda.matmul, f"allow_{kind}_reduced_precision_reduction", False)
     for shape, group_size, scale_dtype in (((K, N), 64, dtype), ((1000, 300), 16, "bfloat16"), ((333, 65), -1, dtype)):
-        w = mc.quantize(weights(*shape), name, group_size, scale_dtype=scale_dtype).to("torch")
+        w = quantized(weights(*shape), name, group_size, scale_dtype).to("torch")
         dense = exact(w.dequantize("float32"))
         for M in (1, 7, 130):
             x, bias = rows(M, dtype, shape[0]).requires_grad_(), rows(1, dtype, shape[1])[0].requires_grad_()
@@ -385,7 +385,7 @@ def test_layers_move(name: str) -> None:
     shared = Linear.from_quantized(source)
     assert torch.equal(factors, source.output_scales)
     source.update_(weights(K, N)[::-1].copy())  # into the memory of the layer, factors included
-    assert same(shared(x), mc.matmul(x, mc.quantize(weights(K, N)[::-1].copy(), name, 64)))
+    assert same(shared(x), mc.matmul(x, quantized(weights(K, N)[::-1].copy(), name, 64)))
     on_host = copy.deepcopy(on_gpu).cpu()
     assert on_host.output_scales is None
     torch.testing.assert_close(on_host(x.cpu()), expected.cpu(), rtol=1e-2, atol=1e-2 * float(expected.abs().max()))

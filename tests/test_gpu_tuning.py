@@ -8,7 +8,7 @@ from pathlib import Path
 
 import cupy
 import pytest
-from cases import FORMATS, HALF
+from cases import FORMATS, HALF, quantized
 from gpu_arrays import (
     activations,
     assert_same_bits,
@@ -46,7 +46,7 @@ def cache_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Pa
 def test_every_candidate_is_right(name: str, dtype: str) -> None:
     """Not only those that are chosen: tune may choose any of them."""
     for K, N in ((1030, 3000), (4160, 513), (256, 33000)):
-        w = mc.quantize(weights(K, N), name, 64)
+        w = quantized(weights(K, N), name, 64)
         x = activations(129, K, dtype)
         product = Product(float64(x), float64(w.dequantize("float32")))
         for M in (1, 8, 9, 16, 17, 64, 129):

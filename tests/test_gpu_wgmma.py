@@ -12,6 +12,7 @@ import cupy
 import numpy as np
 import pytest
 from cases import DTYPES, FORMATS, HALF, fresh_gemm, rows
+from cases import quantized as quantized_like
 from gpu_arrays import (
     activations,
     assert_same_bits,
@@ -51,20 +52,20 @@ _ERROR = {"float16": {2: 3.0e-4, 3: 3.7e-4}, "bfloat16": {2: 2.5e-3, 3: 2.95e-3}
 
 
 def quantized(K: int, N: int, name: str = "int4", dtype: str = "float16", group_size: int = 128) -> mc.QuantizedTensor:
-    return mc.quantize(weights(K, N), name, group_size, scale_dtype=dtype)
+    return quantized_like(weights(K, N), name, group_size, dtype)
 
 
 @functools.cache
-def build_all(spec: Spec) -> None:
+def build_all(spec: Spec, dtype: str) -> None:
     """All configurations on all cores: one after the other they would take most of the time of these tests."""
-    builds = list(KERNEL.variants(spec, spec.scale_dtype, gpu()))
+    builds = list(KERNEL.variants(spec, dtype, gpu()))
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         list(pool.map(lambda build: nvrtc.cubin(build[0], build[1], gpu().arch), builds))
 
 
-def tilings(M: int, w: mc.QuantizedTensor) -> Iterator[Tiling]:
-    """Every configuration that fits, whole tiles and stripes, for activations in the dtype of the scales."""
-    build_all(w.spec)
+def tilings(M: int, w: mc.QuantizedTensor, dtype: str) -> Iterator[Tiling]:
+    """Every configuration that fits, whole tiles and stripes."""
+    build_all(w.spec, dtype)
     for rated in sm90_wgmma.configs(w.layout, gpu()):
         grids = {sm90_wgmma.grid_of(rated.config, M, w.layout, gpu(), stripes) for stripes in (False, True)}
         grids.add(sm90_wgmma.invariant_grid(rated.config, M, w.layout, gpu()))
@@ -92,7 +93,9 @@ def launched(
 def test_every_configuration_is_right(name: str, dtype: str, shape: tuple[int, int]) -> None:
     """For one row, at the edges of a tile and for several tiles of rows; with and without bias, NaN all around."""
     K, N = shape
-    group_size = {"int4": 128, "uint4": 32, "int8": 64, "nf4": 16}[name]
+    group_size = {"int4": 128, "uint4": 32, "int8": 64, "nf4": 16, "int3": 128, "int2": 16, "fp8_e4m3": -1}.get(
+        name, 32
+    )
     w = quantized(K, N, name, dtype, group_size)
     bias = to_gpu((rows((N,), seed=1, dtype="float32") * 100).astype(DTYPES[dtype]))
     memory = activations(1000, K, dtype)
@@ -102,7 +105,7 @@ def test_every_configuration_is_right(name: str, dtype: str, shape: tuple[int, i
         for M in (1, tokens - 1, tokens + 1, 3 * tokens + 5):
             x = poisoned((M + 300, K), dtype)  # rows beyond M must not be used
             x[:M].view(cupy.uint16)[...] = memory[:M].view(cupy.uint16)
-            for tiling in tilings(M, w):
+            for tiling in tilings(M, w, dtype):
                 if tiling.config == rated.config:
                     poison_pool()
                     with_bias = M != 1
@@ -241,7 +244,7 @@ def test_every_grid_repeats_bit_for_bit(dtype: str, M: int) -> None:
     x = activations(M, 4160, dtype)
     wrong = cupy.zeros((), cupy.int64)
     streams = [cupy.cuda.Stream(non_blocking=True) for _ in range(3)]
-    for tiling in tilings(M, w):
+    for tiling in tilings(M, w, dtype):
         expected = launched(tiling, x, w)
         plan = KERNEL.plan(problem_of(w, M, dtype), tiling)
         framework = frameworks.of(x)
@@ -276,10 +279,10 @@ def test_dependent_launches_have_the_bits_of_plain_ones(name: str, dtype: str) -
     """Each product is the next one's x: what is read before the wait, or written before it, shows."""
     K = 2048
     values_of = [weights(K, K) / K**0.5, weights(K, K)[::-1] / K**0.5]
-    layers = [mc.quantize(values, name, 128, scale_dtype=dtype) for values in values_of]
+    layers = [quantized(values, name, 128, dtype) for values in values_of]
     bias = activations(1, K, dtype)[0]
     for M in (20, 64, 200, 500):
-        for tiling in tilings(M, layers[0]):
+        for tiling in tilings(M, layers[0], dtype):
             plan = KERNEL.plan(problem_of(layers[0], M, dtype), tiling)
             results = []
             for dependent in (False, True, True):
