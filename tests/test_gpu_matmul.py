@@ -42,7 +42,7 @@ from gpu_arrays import (
 from product import Product
 
 import marlin_cupy as mc
-from marlin_cupy import kernels
+from marlin_cupy import formats, kernels
 from marlin_cupy.api import problem_of
 from marlin_cupy.device import gpu
 from marlin_cupy.jit.compile import cubin
@@ -56,7 +56,7 @@ every_dtype = pytest.mark.parametrize("dtype", HALF)
 
 @pytest.fixture(scope="module", autouse=True)
 def _compiled() -> None:
-    """Fill the cache with the kernels that this file needs most, on all cores: NVRTC works on one at a time per process."""
+    """Fill the cache with what this file needs most, on all cores: NVRTC works on one kernel at a time per process."""
     problems = [
         product_of(M, dtype, Spec(format, shape, group_size, scale_dtype), gpu())
         for format in FORMATS
