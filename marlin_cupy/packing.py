@@ -19,7 +19,7 @@ Array = Any  # an array of any library
 
 _SEARCHES = ("absmax", "mse")
 #: Weights handled at once while quantizing and dequantizing: bounds scratch to a few times 4 bytes each.
-_BLOCK_WEIGHTS = {"cpu": 4 << 20, "cuda": 16 << 20}
+_BLOCK_WEIGHTS = {"cpu": 4 << 20, "cuda": 8 << 20}
 #: A run has a multiple of so many columns: whole slabs, and whole blocks of outputs that share a scale.
 _COLUMNS = 2 * SLAB_N
 #: Below this float16 is subnormal with fewer significant bits than bfloat16.

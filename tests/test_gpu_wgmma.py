@@ -279,7 +279,7 @@ def test_dependent_launches_have_the_bits_of_plain_ones(name: str, dtype: str) -
     """Each product is the next one's x: what is read before the wait, or written before it, shows."""
     K = 2048
     values_of = [weights(K, K) / K**0.5, weights(K, K)[::-1] / K**0.5]
-    layers = [quantized(values, name, 128, dtype) for values in values_of]
+    layers = [quantized_like(values, name, 128, dtype) for values in values_of]
     bias = activations(1, K, dtype)[0]
     for M in (20, 64, 200, 500):
         for tiling in tilings(M, layers[0], dtype):
