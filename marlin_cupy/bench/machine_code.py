@@ -45,7 +45,7 @@ for format, arch, group_size, dtype in json.load(sys.stdin):
     found = [source for _, source in kernels.variants(spec, dtype, gpu_of_arch(arch))]
     print(json.dumps([format, arch, group_size, dtype, found]))
 """
-_COMMENTS = re.compile(r"//.*")
+_COMMENTS = re.compile(r"\s*//.*|\n(?=\n)")  # and empty lines
 
 
 @dataclass(frozen=True)
