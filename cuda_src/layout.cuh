@@ -34,6 +34,11 @@ struct SharedBytes {
     __device__ Vec4 vec4_at(int place, int own) const { return load_shared_vec4(address + own + place); }
 };
 
+// The same for a lane that reads many places: what is its own joins the address first, once for all of them.
+struct LaneBytes : SharedBytes {
+    __device__ u32 word_at(int place, int own) const { return load_shared(address + own + place); }
+};
+
 struct GlobalBytes {
     const u8* address;
 

@@ -146,12 +146,12 @@ private:
 
     static constexpr int slab_atoms = SLAB_K / Mma::k;
 
-    static __device__ SharedBytes half_of(u32 weights, int row_atom, int atom) {
-        return {weights + Place::half(row_atom / 2, atom / slab_atoms)};
+    static __device__ LaneBytes half_of(u32 weights, int row_atom, int atom) {
+        return {{weights + Place::half(row_atom / 2, atom / slab_atoms)}};
     }
 
     // Of the granule that `atom` lies in.
-    static __device__ Parameters<SharedBytes> parameters_of(u32 weights, int row_atom, int atom, int lane) {
+    static __device__ Parameters<LaneBytes> parameters_of(u32 weights, int row_atom, int atom, int lane) {
         const int k_granule = atom % slab_atoms * Mma::k / Slab::granule;
         return {half_of(weights, row_atom, atom), k_granule, row_atom % 2, lane};
     }
