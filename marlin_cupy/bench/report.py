@@ -27,7 +27,7 @@ from rich.text import Text
 
 import marlin_cupy
 from marlin_cupy.bench.contenders import CUBLAS, FLOOR, HUMMING, OURS, TINYGEMM
-from marlin_cupy.device import gpu, installed
+from marlin_cupy.device import gpu, gpu_count, installed
 
 WIDTH = 100
 #: How ours and the floor are launched, as in the results.
@@ -166,7 +166,7 @@ def several(default: Iterable[Any], about: str) -> dict[str, Any]:
 def header(**fields: Any) -> dict[str, Any]:
     """What a result has to be read with: the machine, the software, the command; and ``fields``."""
     found: dict[str, Any] = {
-        "gpu": dataclasses.asdict(gpu(0)),
+        "gpu": dataclasses.asdict(gpu(0)) if gpu_count() else None,
         "driver": _driver(),
         "versions": {
             "marlin_cupy": marlin_cupy.__version__,
