@@ -27,7 +27,8 @@ from rich.text import Text
 
 import marlin_cupy
 from marlin_cupy.bench.contenders import CUBLAS, FLOOR, HUMMING, OURS, TINYGEMM
-from marlin_cupy.device import gpu, gpu_count, installed
+from marlin_cupy.device import gpu, installed
+from marlin_cupy.errors import DeviceError, MissingDependencyError
 
 WIDTH = 100
 #: How ours and the floor are launched, as in the results.
@@ -166,7 +167,7 @@ def several(default: Iterable[Any], about: str) -> dict[str, Any]:
 def header(**fields: Any) -> dict[str, Any]:
     """What a result has to be read with: the machine, the software, the command; and ``fields``."""
     found: dict[str, Any] = {
-        "gpu": dataclasses.asdict(gpu(0)) if gpu_count() else None,
+        "gpu": _gpu(),
         "driver": _driver(),
         "versions": {
             "marlin_cupy": marlin_cupy.__version__,
@@ -189,6 +190,14 @@ def command(arguments: Sequence[str]) -> str:
     package = folders[len(folders) - 1 - folders[::-1].index("marlin_cupy") :]
     module = ".".join([*package, program.stem]).removesuffix(".__main__")
     return shlex.join(["python", "-m", module, *arguments[1:]])
+
+
+def _gpu() -> dict[str, Any] | None:
+    """The first one; None where there is none, as for a comparison of machine code."""
+    try:
+        return dataclasses.asdict(gpu(0))
+    except (DeviceError, MissingDependencyError):
+        return None
 
 
 def _driver() -> str | None:
